@@ -1,0 +1,165 @@
+"""Catalogs: files of observations, read and checked row by row without stopping at a bad one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from sbi_dist.errors import InputError
+
+__all__ = ["Catalog", "read_catalog"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalog:
+    """Observations of one shape.
+
+    Attributes:
+        name: names the catalog's results in the store; changes with its content.
+        ids: identifier of each observation, as strings.
+        x: float32 of shape (B, *x_shape).
+        status: ``ok`` or ``nonfinite`` for each.
+    """
+
+    name: str
+    ids: list[str]
+    x: np.ndarray
+    status: list[str]
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Indexes of the observations that have a posterior."""
+        return np.flatnonzero([status == "ok" for status in self.status])
+
+
+def make_catalog(name: str, ids: list[str], x: np.ndarray) -> Catalog:
+    """A catalog of observations x (B, *x_shape), with the status of each."""
+    finite = np.isfinite(x.reshape(len(x), -1)).all(axis=1)
+    return Catalog(name, ids, x, ["ok" if good else "nonfinite" for good in finite])
+
+
+def read_catalog(path: str, x_shape: tuple[int, ...]) -> Catalog:
+    """Observations from a .parquet, .csv or .npy file.
+
+    - npy: an array of shape (B, *x_shape), (B, flat size), or one observation.
+    - csv: a header; one row an observation, one numeric column for each number of x in order; a
+      column ``observation_id`` is taken as identifier.
+    - parquet: a column ``x`` of lists or fixed-shape tensors, or numeric columns as in csv.
+
+    Raises:
+        InputError: no such file, another format, the wrong shape, or no usable observation.
+    """
+    file = Path(path).expanduser()
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"--observations {path}: the file can't be read ({error.strerror})"
+        ) from error
+    readers = {".npy": _from_npy, ".csv": _from_csv, ".parquet": _from_parquet}
+    if file.suffix.lower() not in readers:
+        raise InputError(
+            f"--observations {path}: the name must end in .parquet, .csv or .npy, not "
+            f"{file.suffix or 'without an ending'}"
+        )
+    try:
+        ids, values = readers[file.suffix.lower()](data)
+    except InputError as error:
+        raise InputError(f"--observations {path}: {error}") from None
+    except (pa.ArrowException, ValueError, TypeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"--observations {path}: no valid {file.suffix} file ({reason})") from error
+    x = _shaped(values, x_shape, path)
+    if ids is None:
+        ids = [str(number) for number in range(len(x))]
+    if len(set(ids)) != len(ids):
+        raise InputError(f"--observations {path}: observation_id has the same value twice")
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", file.stem)[:60] or "catalog"
+    name = f"{stem}-{hashlib.sha256(data).hexdigest()[:8]}"
+    catalog = make_catalog(name, ids, x)
+    if not len(catalog.usable):
+        raise InputError(
+            f"--observations {path}: none of its {len(x)} observation(s) is usable; every one "
+            "holds NaN, null or infinite values"
+        )
+    return catalog
+
+
+def _shaped(values: np.ndarray, x_shape: tuple[int, ...], path: str) -> np.ndarray:
+    size = math.prod(x_shape)
+    if values.shape == x_shape or (values.ndim == 1 and values.size == size and size != 1):
+        values = values.reshape(1, *x_shape)
+    elif values.shape[1:] != x_shape and math.prod(values.shape[1:]) != size:
+        raise InputError(
+            f"--observations {path}: an observation there has shape {values.shape[1:]}, the model "
+            f"takes {x_shape} ({size} numbers)"
+        )
+    if not len(values):
+        raise InputError(f"--observations {path}: the file holds no observation")
+    return np.ascontiguousarray(values.reshape(len(values), *x_shape), dtype=np.float32)
+
+
+def _from_npy(data: bytes) -> tuple[list[str] | None, np.ndarray]:
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"dtype {array.dtype} is not numeric")
+    return None, array if array.ndim else array.reshape(1, 1)
+
+
+def _from_csv(data: bytes) -> tuple[list[str] | None, np.ndarray]:
+    return _from_columns(pa.csv.read_csv(io.BytesIO(data)))
+
+
+def _from_parquet(data: bytes) -> tuple[list[str] | None, np.ndarray]:
+    table = pq.read_table(io.BytesIO(data))
+    if "x" not in table.column_names:
+        return _from_columns(table)
+    column = table["x"].combine_chunks()
+    if isinstance(column, pa.FixedShapeTensorArray):
+        if column.null_count:
+            raise InputError("column x has nulls; give NaN in a missing observation")
+        return _ids(table), column.to_numpy_ndarray()
+    if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        return _ids(table), _from_lists(column)
+    return _ids(table), _numbers(column, "x")[:, None]
+
+
+def _from_lists(column: pa.Array) -> np.ndarray:
+    """Rows of equal length; a null row, or null numbers, become NaN."""
+    rows = column.to_pylist()
+    lengths = {len(row) for row in rows if row is not None}
+    if len(lengths) > 1:
+        raise InputError(f"the rows of column x have different lengths ({sorted(lengths)[:5]})")
+    length = lengths.pop() if lengths else 0
+    filled = [[np.nan] * length if row is None else row for row in rows]
+    return np.array(filled, dtype=np.float64).reshape(len(rows), length)
+
+
+def _from_columns(table: pa.Table) -> tuple[list[str] | None, np.ndarray]:
+    names = [name for name in table.column_names if name != "observation_id"]
+    if not names:
+        raise InputError("there is no column with numbers")
+    columns = [_numbers(table[name].combine_chunks(), name) for name in names]
+    return _ids(table), np.stack(columns, axis=1)
+
+
+def _numbers(column: pa.Array, name: str) -> np.ndarray:
+    kind = column.type
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        raise InputError(f"column {name!r} is of type {kind}, not numeric")
+    return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def _ids(table: pa.Table) -> list[str] | None:
+    if "observation_id" not in table.column_names:
+        return None
+    return [str(value) for value in table["observation_id"].to_pylist()]

@@ -1,0 +1,184 @@
+"""The command line: ``sbi-dist COMMAND EXPERIMENT [options]``.
+
+Parses, calls one method of the pipeline, prints where the results are, and maps the outcome to an
+exit code: 0 done, 2 bad input, 1 anything else, 130 and 143 interrupted with the state kept.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import click
+import yaml
+
+from sbi_dist.errors import InputError, Interrupted, StageError
+
+__all__ = ["main", "run_command"]
+
+
+def _common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The arguments that every stage takes."""
+    for decorate in (
+        click.option("--address", metavar="RAY", help="Ray cluster; default: one started here."),
+        click.option(
+            "--store", metavar="URI", help="Directory for everything durable (field `store`)."
+        ),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override a field, as in --set simulate.num_simulations=5000; repeatable.",
+        ),
+        click.argument("experiment"),
+    ):
+        function = decorate(function)
+    return function
+
+
+def _infer_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for decorate in (
+        click.option("--output", metavar="URI", help="Folder for the draws, instead of the store."),
+        click.option("--num-samples", type=int, metavar="N", help="Draws of each observation."),
+        click.option(
+            "--observations",
+            metavar="FILE",
+            help="Observations (.parquet, .csv, .npy); default: the problem's observed data.",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
+def _pipeline(
+    experiment: str,
+    overrides: tuple[str, ...],
+    store: str | None,
+    address: str | None,
+    **infer: Any,
+) -> Any:
+    from sbi_dist.experiment import load_experiment
+    from sbi_dist.pipeline import Pipeline
+
+    given = list(overrides)
+    if store is not None:
+        given.append(f"store={yaml.safe_dump(store).splitlines()[0]}")
+    for name, value in infer.items():
+        if value is not None:
+            given.append(f"infer.{name}={yaml.safe_dump(value).splitlines()[0]}")
+    loaded, base = load_experiment(experiment, given)
+    return Pipeline(loaded, base, address)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sbi_dist", prog_name="sbi-dist")
+def cli() -> None:
+    """Simulation-based inference from an experiment file to posteriors, on Ray.
+
+    EXPERIMENT is a YAML file, or the name of a shipped experiment (gaussian, lynx_hare). Every
+    stage keeps its results in the store, finds what is finished, and may be stopped and run again
+    at any time.
+    """
+
+
+@cli.command()
+@_common
+def run(**arguments: Any) -> None:
+    """All stages: simulate, train, infer, report."""
+    draws, page, table = _pipeline(**arguments).run()
+    click.echo(f"\n{table}\n")
+    click.echo(f"report:          {page.uri}/index.html")
+    click.echo(f"posterior draws: {draws.uri}")
+
+
+@cli.command()
+@click.option("--repair", is_flag=True, help="Check every shard; simulate damaged ones again.")
+@_common
+def simulate(repair: bool, **arguments: Any) -> None:
+    """Draw parameters from the prior, simulate data, store them as Parquet shards."""
+    done = _pipeline(**arguments).simulate(repair_damaged=repair)
+    click.echo(done.store.uri)
+
+
+@cli.command()
+@_common
+def train(**arguments: Any) -> None:
+    """Fit the density estimator to the stored simulations."""
+    pipeline = _pipeline(**arguments)
+    model_id = pipeline.train()
+    click.echo(f"{pipeline.store.uri}/models/{model_id}")
+
+
+@cli.command()
+@_infer_options
+@_common
+def infer(
+    observations: str | None, num_samples: int | None, output: str | None, **arguments: Any
+) -> None:
+    """Draw from the posterior of the observed data, or of a file of observations."""
+    pipeline = _pipeline(**arguments, observations=observations, num_samples=num_samples)
+    target, _ = pipeline.infer(output)
+    click.echo(target.uri)
+
+
+@cli.command()
+@_common
+def report(**arguments: Any) -> None:
+    """Write the report page from what is in the store."""
+    page, table = _pipeline(**arguments).report()
+    click.echo(table)
+    click.echo(f"\n{page.uri}/index.html")
+
+
+@cli.command()
+@_common
+def status(**arguments: Any) -> None:
+    """Print the resolved experiment file and what there is in its store."""
+    click.echo(yaml.safe_dump(_pipeline(**arguments).status(), sort_keys=False), nl=False)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``sbi-dist``; ends the process with the contract's exit codes."""
+    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    # Both signals end the process in order: actors are ended, finished work is in the store.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    try:
+        cli.main(args=arguments, prog_name="sbi-dist", standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (InputError, StageError) as error:
+        click.echo(f"sbi-dist: {' '.join(str(error).split())}", err=True)
+        return error.exit_code
+    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+        code = error.exit_code if isinstance(error, Interrupted) else 130
+        click.echo(
+            "sbi-dist: stopped; what is finished is kept, run the command again to go on", err=True
+        )
+        return code
+    except Exception as error:
+        if os.environ.get("SBI_DIST_TRACEBACK"):
+            raise
+        click.echo(
+            f"sbi-dist: unexpected {type(error).__name__}: {error} (set SBI_DIST_TRACEBACK=1 to "
+            "see where)",
+            err=True,
+        )
+        return 1

@@ -1,0 +1,244 @@
+"""The amortized posterior: sample, log_prob and map for any observation, without simulating.
+
+The interface is that of the ``sbi`` toolbox's posteriors (shapes included), so that its
+diagnostics accept this object.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from sbi_dist.errors import InputError
+from sbi_dist.estimation.bundle import BUNDLE, load_bundle, weights_digest
+from sbi_dist.estimation.density_estimator import DensityEstimator
+from sbi_dist.posterior.observation import as_observations
+from sbi_dist.posterior.sampler import draw, log_density
+from sbi_dist.priors import prior_from_data
+from sbi_dist.store import ObjectStore, open_store
+
+__all__ = ["Posterior"]
+
+PROMOTED = "models/promoted.json"
+
+
+class Posterior:
+    """p(theta | x) for any x, by a trained density estimator.
+
+    Draws never leave the prior's support and the density integrates to one over it, so that
+    nothing is rejected.
+
+    Args:
+        estimator: the density estimator.
+        prior: the prior that it was trained under; None where only its support is known.
+        about: the content of the model's ``bundle.json``.
+    """
+
+    def __init__(
+        self,
+        estimator: DensityEstimator,
+        prior: Distribution | None = None,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.estimator, self.prior, self.about = estimator, prior, about or {}
+        self.identity = weights_digest(estimator)
+        self._default_x: Tensor | None = None
+        self._map: Tensor | None = None
+
+    @classmethod
+    def load(cls, uri: str) -> Posterior:
+        """The posterior of a model's folder, or of an experiment's folder (its promoted model).
+
+        Needs neither the simulator nor Ray, and runs no code from the folder.
+
+        Raises:
+            InputError: there is no model, or a damaged one.
+        """
+        return cls.from_store(open_store(str(uri)))
+
+    @classmethod
+    def from_store(cls, store: ObjectStore) -> Posterior:
+        """As :meth:`load`, from an open store."""
+        if not store.exists(BUNDLE) and store.exists(PROMOTED):
+            try:
+                model = json.loads(store.get(PROMOTED))["model"]
+                store = store.child(f"models/{model}")
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"{store.uri}/{PROMOTED} is damaged ({error}); train again, or give the "
+                    "folder of a model"
+                ) from error
+        estimator, about = load_bundle(store)
+        return cls(estimator, prior_from_data(about.get("prior", {"kind": "opaque"})), about)
+
+    # ---- what it is about ----
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the D parameters."""
+        names = self.about.get("parameter_names")
+        return list(names or [f"theta_{i + 1}" for i in range(self.estimator.num_parameters)])
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """Shape of one observation."""
+        return self.estimator.x_shape
+
+    @property
+    def default_x(self) -> Tensor | None:
+        """The observation used where none is given, shape (1, *x_shape)."""
+        return self._default_x
+
+    @default_x.setter
+    def default_x(self, x: Any) -> None:
+        self.set_default_x(x)
+
+    def set_default_x(self, x: Any) -> Posterior:
+        """Set the observation to be used where none is given; returns the posterior."""
+        observations = as_observations(x, self.x_shape, "default_x")
+        if len(observations) != 1:
+            raise InputError(f"default_x holds {len(observations)} observations; it must be one")
+        self._default_x, self._map = observations, None
+        return self
+
+    def _observation(self, x: Any, use: str) -> Tensor:
+        if x is None:
+            if self._default_x is None:
+                raise InputError("x is missing; give x, or set one with set_default_x(x)")
+            return self._default_x
+        observations = as_observations(x, self.x_shape)
+        if len(observations) != 1:
+            raise InputError(
+                f"x holds {len(observations)} observations; {use} takes one, use {use}_batched "
+                "for more"
+            )
+        return observations
+
+    # ---- draws ----
+
+    def sample(
+        self,
+        sample_shape: Sequence[int] | int = (1,),
+        x: Any = None,
+        seed: int | None = None,
+        show_progress_bars: bool = False,
+        **_: Any,
+    ) -> Tensor:
+        """Draws for one observation, float32 of shape (*sample_shape, D).
+
+        Args:
+            sample_shape: how many.
+            x: the observation, shape x_shape or (1, *x_shape); default ``default_x``.
+            seed: draws are a function of (model, x, seed); default: a seed from torch's global
+                generator, so that ``torch.manual_seed`` makes draws repeatable.
+            show_progress_bars: accepted for likeness with ``sbi``; sampling shows none.
+        """
+        shape = _shape(sample_shape)
+        observation = self._observation(x, "sample")
+        return self._draw(observation, shape, seed).squeeze(len(shape))
+
+    def sample_batched(
+        self,
+        sample_shape: Sequence[int] | int,
+        x: Any,
+        seed: int | None = None,
+        show_progress_bars: bool = False,
+        **_: Any,
+    ) -> Tensor:
+        """Draws for B observations, float32 of shape (*sample_shape, B, D); ``x`` (B, *x_shape)."""
+        return self._draw(as_observations(x, self.x_shape), _shape(sample_shape), seed)
+
+    def _draw(self, x: Tensor, shape: torch.Size, seed: int | None) -> Tensor:
+        if seed is None:
+            seed = int(torch.randint(2**62, (1,)))
+        theta = draw(self.estimator, x, shape.numel(), self.identity, seed)
+        return theta.transpose(0, 1).reshape(*shape, len(x), -1)
+
+    # ---- densities ----
+
+    def log_prob(self, theta: Any, x: Any = None, **_: Any) -> Tensor:
+        """log p(theta | x) for one observation, shape (N,); ``theta`` (N, D) or (D,).
+
+        -inf outside the prior's support.
+        """
+        theta = self._parameters(theta)
+        if theta.ndim == 1:
+            theta = theta[None]
+        observation = self._observation(x, "log_prob")
+        return log_density(self.estimator, theta[:, None], observation)[:, 0]
+
+    def log_prob_batched(self, theta: Any, x: Any, **_: Any) -> Tensor:
+        """log p(theta | x) for B observations; ``theta`` (*S, B, D), result (*S, B)."""
+        theta = self._parameters(theta)
+        observations = as_observations(x, self.x_shape)
+        if theta.ndim < 2 or theta.shape[-2] != len(observations):
+            raise InputError(
+                f"theta has shape {tuple(theta.shape)}; for {len(observations)} observations it "
+                f"must be (..., {len(observations)}, {self.estimator.num_parameters})"
+            )
+        flat = theta.reshape(-1, *theta.shape[-2:])
+        return log_density(self.estimator, flat, observations).reshape(theta.shape[:-1])
+
+    def _parameters(self, theta: Any) -> Tensor:
+        theta = torch.as_tensor(np.asarray(theta), dtype=torch.float32)
+        if theta.shape[-1:] != (self.estimator.num_parameters,):
+            raise InputError(
+                f"theta has shape {tuple(theta.shape)}; its last length must be the number of "
+                f"parameters, {self.estimator.num_parameters}"
+            )
+        return theta
+
+    def map(
+        self, x: Any = None, num_init_samples: int = 1000, num_to_optimize: int = 100, **_: Any
+    ) -> Tensor:
+        """The theta of largest density for one observation, shape (1, D).
+
+        Gradient ascent in the unconstrained space from the best of ``num_init_samples`` draws.
+        """
+        if x is None and self._map is not None:
+            return self._map
+        observation = self._observation(x, "map")
+        best = self._ascend(observation, num_init_samples, num_to_optimize)
+        if x is None:
+            self._map = best
+        return best
+
+    def _ascend(self, x: Tensor, draws: int, starts: int) -> Tensor:
+        estimator, standardization = self.estimator, self.estimator.standardization
+        theta = draw(estimator, x, draws, self.identity, 0)[0]
+        density = log_density(estimator, theta[:, None], x)[:, 0]
+        theta = theta[density.topk(min(starts, draws)).indices]
+        context = estimator.embed(x).detach()
+        u = standardization.u(theta)[0].requires_grad_()
+        optimizer = torch.optim.Adam([u], lr=0.02)
+
+        def log_q() -> Tensor:
+            z = u.double() * standardization.theta_sd + standardization.theta_mean
+            log_u = estimator.flow.flow._log_prob(u, context.expand(len(u), -1))
+            return log_u - standardization.bijection.log_det(z)
+
+        for step in range(200):
+            optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 200)
+            optimizer.zero_grad()
+            (-log_q().sum()).backward()
+            optimizer.step()
+        with torch.no_grad():
+            best = int(log_q().argmax())
+            return standardization.theta(u.detach()[best : best + 1])
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.parameter_names)
+        return f"Posterior of ({names}) given x of shape {self.x_shape}, model {self.identity}"
+
+
+def _shape(sample_shape: Sequence[int] | int) -> torch.Size:
+    shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
+    if any(length < 0 for length in shape):
+        raise InputError(f"sample_shape is {tuple(shape)}; its lengths must not be negative")
+    return shape

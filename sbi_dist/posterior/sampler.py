@@ -1,0 +1,72 @@
+"""Draws and densities for many observations at once, in bounded memory.
+
+The observations are embedded once each; the pairs (observation, draw) then go through the flow in
+chunks of a fixed number of rows, so that one observation with many draws and many observations
+with few cost the same and take the same memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sbi_dist.estimation.density_estimator import DensityEstimator
+from sbi_dist.posterior.noise import normal_noise, stream_keys
+
+__all__ = ["draw", "log_density"]
+
+# Rows that go through the flow at once: large enough for efficient matrix products, small enough
+# for the activations to stay in a core's cache.
+_ROWS = 8192
+
+
+@torch.no_grad()
+def draw(
+    estimator: DensityEstimator, x: Tensor, count: int, identity: str, seed: int, first: int = 0
+) -> Tensor:
+    """Posterior draws ``first`` to ``first + count - 1`` of each observation.
+
+    Args:
+        estimator: the fitted estimator.
+        x: observations, float32 of shape (B, *x_shape), finite.
+        count: draws of each.
+        identity: the model's digest, part of the random stream.
+        seed: seed of the random streams.
+
+    Returns:
+        theta, float32 of shape (B, count, D); inside the prior's support.
+    """
+    context = estimator.embed(x)
+    keys = stream_keys(x.numpy(), identity, seed)
+    size = estimator.num_parameters
+    theta = torch.empty((len(x), count, size), dtype=torch.float32)
+    per_observation = min(count, _ROWS)
+    observations = max(1, _ROWS // max(per_observation, 1))
+    for start in range(0, len(x), observations):
+        rows = slice(start, start + observations)
+        for offset in range(0, count, per_observation):
+            number = min(per_observation, count - offset)
+            noise = normal_noise(keys[rows], first + offset, number, size)
+            repeated = context[rows].repeat_interleave(number, dim=0)
+            chunk = estimator.push(noise.flatten(0, 1), repeated)
+            theta[rows, offset : offset + number] = chunk.unflatten(0, (-1, number))
+    return theta
+
+
+@torch.no_grad()
+def log_density(estimator: DensityEstimator, theta: Tensor, x: Tensor) -> Tensor:
+    """log q(theta | x), float32 of shape (N, B).
+
+    Args:
+        theta: float32 of shape (N, B, D): N parameter vectors for each observation.
+        x: observations, float32 of shape (B, *x_shape).
+    """
+    context = estimator.embed(x)
+    count, batch = theta.shape[:2]
+    result = torch.empty(count * batch)
+    flat = theta.reshape(count * batch, -1)
+    which = torch.arange(batch).repeat(count)
+    for start in range(0, len(flat), _ROWS):
+        rows = slice(start, start + _ROWS)
+        result[rows] = estimator.log_prob_given_context(flat[rows], context[which[rows]])
+    return result.reshape(count, batch)

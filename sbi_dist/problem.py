@@ -1,0 +1,274 @@
+"""The scientist's problem: a prior, a simulator, names, units and the observed data.
+
+Also how a problem is found from ``pkg.mod:attr`` or ``file.py:attr`` and how it is fingerprinted.
+How a simulator is run is in ``simulator.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sbi_dist.errors import InputError
+from sbi_dist.options import nearest
+from sbi_dist.priors import as_prior, prior_to_data, sample_prior
+from sbi_dist.simulator import SimulatorForm, detect_form
+
+__all__ = ["FROM_FILE", "ObservationAxis", "Problem", "load_problem"]
+
+# Marks a module that was loaded from a file and so is not installed where the workers run.
+FROM_FILE = "__sbi_dist_from_file__"
+
+
+@dataclasses.dataclass(frozen=True)
+class ObservationAxis:
+    """How to draw x: its first axis as a coordinate, its second as series.
+
+    Attributes:
+        label: what the first axis is, such as ``year``.
+        values: its coordinates, length x_shape[0].
+        series: names along the second axis, where x has one.
+        value_label: what the numbers are, with their unit.
+        log: whether the numbers are better seen on a logarithmic axis.
+    """
+
+    label: str = ""
+    values: Sequence[float] | None = None
+    series: Sequence[str] = ()
+    value_label: str = "x"
+    log: bool = False
+
+
+@dataclasses.dataclass
+class Problem:
+    """A prior over theta and a simulator of x given theta.
+
+    Args:
+        prior: a torch distribution (or a sequence of them, taken as independent) of D parameters.
+        simulator: callable on theta; see ``sbi_dist.simulator`` for its forms.
+        parameter_names: D names; default theta_1, theta_2, ...
+        parameter_units: D units, for tables.
+        observed: the observed data, of one simulation's shape.
+        true_parameters: the parameters that made ``observed``, where known; shape (D,).
+        batched: force the simulator's form (None: found by running it).
+        axis: how to draw x.
+        title, description, reference: for the report.
+        version: replaces the simulator's source code in the fingerprint, so that edits that do
+            not change its results keep the stored simulations.
+
+    Raises:
+        InputError: names the field and what is allowed.
+    """
+
+    prior: Any
+    simulator: Callable[..., Any]
+    parameter_names: Sequence[str] | None = None
+    parameter_units: Sequence[str] | None = None
+    observed: Any = None
+    true_parameters: Any = None
+    batched: bool | None = None
+    axis: ObservationAxis | None = None
+    title: str = ""
+    description: str = ""
+    reference: str = ""
+    version: str | None = None
+
+    def __post_init__(self) -> None:
+        self.prior = as_prior(self.prior)
+        if not callable(self.simulator):
+            raise InputError(
+                f"problem.simulator is {type(self.simulator).__name__}; it must be callable as "
+                "simulator(theta)"
+            )
+        names = self.parameter_names or [f"theta_{i + 1}" for i in range(self.num_parameters)]
+        self.parameter_names = self._per_parameter("parameter_names", names)
+        if len(set(self.parameter_names)) != len(self.parameter_names):
+            raise InputError(f"problem.parameter_names {names} must be different from each other")
+        if self.parameter_units is not None:
+            self.parameter_units = self._per_parameter("parameter_units", self.parameter_units)
+        if self.true_parameters is not None:
+            truth = np.asarray(self.true_parameters, dtype=np.float32).reshape(-1)
+            if truth.shape != (self.num_parameters,):
+                raise InputError(
+                    f"problem.true_parameters has {truth.size} numbers; the prior has "
+                    f"{self.num_parameters} parameters"
+                )
+            self.true_parameters = truth
+        if self.observed is not None:
+            observed = np.asarray(self.observed, dtype=np.float32)
+            if not np.isfinite(observed).all():
+                count = int((~np.isfinite(observed)).sum())
+                raise InputError(
+                    f"problem.observed holds {count} value(s) that are NaN or infinite; every "
+                    "value must be a finite number (leave missing data out of the simulator's x "
+                    "as well)"
+                )
+            self.observed = observed
+
+    def _per_parameter(self, field: str, values: Sequence[str]) -> tuple[str, ...]:
+        if isinstance(values, str) or len(values) != self.num_parameters:
+            raise InputError(
+                f"problem.{field} is {values!r}; it must be a list of {self.num_parameters} "
+                "strings, one for each parameter of the prior"
+            )
+        return tuple(str(value) for value in values)
+
+    @property
+    def num_parameters(self) -> int:
+        """D, the number of parameters."""
+        return int(self.prior.event_shape[0])
+
+    def form(self) -> SimulatorForm:
+        """The simulator's form, found by running it once and then remembered.
+
+        Raises:
+            InputError: the simulator can't be run, or its x has another shape than ``observed``.
+        """
+        if not hasattr(self, "_form"):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                draws = sample_prior(self.prior, 12)
+            form = detect_form(self.simulator, draws, self.batched)
+            self._form = self._matched_to_observed(form)
+        return self._form
+
+    def _matched_to_observed(self, form: SimulatorForm) -> SimulatorForm:
+        if self.observed is not None and tuple(self.observed.shape) != tuple(form.x_shape):
+            raise InputError(
+                f"problem.observed has shape {tuple(self.observed.shape)}, but the simulator gives "
+                f"x of shape {tuple(form.x_shape)}; they must be equal"
+            )
+        return form
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the prior or the simulator's code.
+
+        The code is the syntax tree of the simulator's module (or file) without comments,
+        docstrings and formatting, or ``version`` where that is given.
+        """
+        content = {
+            "prior": prior_to_data(self.prior),
+            "parameters": self.parameter_names,
+            "simulator": self.version if self.version is not None else _code(self.simulator),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _code(function: Any) -> Any:
+    if isinstance(function, functools.partial):
+        return ["partial", _code(function.func), repr(function.args), repr(function.keywords)]
+    owner = function if inspect.isroutine(function) else type(function)
+    state = ""
+    if not inspect.isroutine(function):
+        state = repr(sorted(vars(function).items())) if hasattr(function, "__dict__") else ""
+    try:
+        source = inspect.getsource(inspect.getmodule(owner) or owner)
+    except (OSError, TypeError):
+        try:
+            source = inspect.getsource(owner)
+        except (OSError, TypeError):
+            code = getattr(owner, "__code__", None)
+            return [getattr(owner, "__qualname__", repr(owner)), code.co_code.hex() if code else ""]
+    return [getattr(owner, "__qualname__", ""), _without_comments(source), state]
+
+
+def _without_comments(source: str) -> str:
+    try:
+        tree = ast.parse(inspect.cleandoc(source) if source[:1].isspace() else source)
+    except SyntaxError:
+        return source
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if not isinstance(body, list) or not body:
+            continue
+        first = body[0]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            body.pop(0)
+    return ast.dump(tree)
+
+
+def load_problem(reference: str, base: Path | None = None) -> Problem:
+    """The problem that ``pkg.mod:attr`` or ``file.py:attr`` names.
+
+    ``attr`` is a :class:`Problem` or a function without arguments that makes one. A file's path is
+    relative to ``base`` (the experiment file's folder), else to the working directory.
+
+    Raises:
+        InputError: the reference has no such form, or names nothing.
+    """
+    place, separator, attribute = reference.rpartition(":")
+    if not separator or not place or not attribute:
+        raise InputError(
+            f"problem is {reference!r}; it must be 'package.module:attribute' or "
+            "'path/to/file.py:attribute'"
+        )
+    module = _load_file(place, base) if place.endswith(".py") else _load_module(place)
+    if not hasattr(module, attribute):
+        names = [name for name, value in vars(module).items() if isinstance(value, Problem)]
+        near = nearest(attribute, names or vars(module))
+        hint = f" (did you mean {near!r}?)" if near else ""
+        raise InputError(f"problem: {place} has no attribute {attribute!r}{hint}")
+    problem = getattr(module, attribute)
+    if not isinstance(problem, Problem) and callable(problem):
+        problem = problem()
+    if not isinstance(problem, Problem):
+        raise InputError(
+            f"problem: {reference} is a {type(problem).__name__}; it must be a Problem, or a "
+            "function that returns one"
+        )
+    return problem
+
+
+def _load_module(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"problem: module {name!r} can't be imported ({error})") from error
+    except Exception as error:
+        raise InputError(
+            f"problem: module {name!r} fails on import ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _load_file(place: str, base: Path | None) -> types.ModuleType:
+    path = Path(place).expanduser()
+    if not path.is_absolute():
+        path = (base or Path.cwd()) / path
+    path = path.resolve()
+    if not path.is_file():
+        raise InputError(f"problem: there is no file {path}")
+    # One name a path, so that two files of the same name do not meet.
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__[FROM_FILE] = True
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except InputError:
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        raise InputError(
+            f"problem: {path} fails on import ({type(error).__name__}: {error})"
+        ) from error
+    return module

@@ -1,0 +1,9 @@
+"""Problems that come with the package, each a module with a ``problem``.
+
+``sbi_dist.problems.gaussian:problem``
+    Three shifted parameters with Gaussian noise: the amortized tutorial of the sbi toolbox. Its
+    posterior is known in closed form.
+``sbi_dist.problems.lynx_hare:problem``
+    Lotka-Volterra dynamics of lynx and hare in the pelt counts of the Hudson's Bay Company,
+    1900-1920. Its posterior is known from published Hamiltonian Monte Carlo.
+"""

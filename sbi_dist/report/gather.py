@@ -1,0 +1,192 @@
+"""What an experiment has in its store, gathered for the report page and written beside it."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sbi_dist.catalog.infer import MANIFEST, read_draws
+from sbi_dist.errors import InputError
+from sbi_dist.estimation.trainer import METRICS
+from sbi_dist.posterior.posterior import Posterior
+from sbi_dist.priors import describe, prior_from_data, sample_prior
+from sbi_dist.report.content import (
+    DatasetFacts,
+    FailureFacts,
+    ModelFacts,
+    ObservationFacts,
+    PredictiveAxes,
+    ReportContent,
+)
+from sbi_dist.report.page import render
+from sbi_dist.report.table import format_table, posterior_table
+from sbi_dist.simulation.dataset import Dataset
+from sbi_dist.simulation.driver import failures, frequent_failures
+from sbi_dist.store import ObjectStore
+
+if TYPE_CHECKING:
+    from sbi_dist.pipeline import Pipeline
+
+__all__ = ["write_report"]
+
+_ESTIMATORS = {"nsf": "neural spline flow", "maf": "masked autoregressive flow"}
+_OBSERVATIONS = 6
+_PRIOR_DRAWS = 20_000
+
+
+def write_report(pipeline: Pipeline) -> tuple[ObjectStore, str]:
+    """Write ``report/`` of an experiment; its folder and the first posterior's table as text.
+
+    Raises:
+        InputError: there are no draws yet.
+    """
+    model_id, model = pipeline.promoted()
+    draws = _draws_of(pipeline, model_id)
+    content = _content(pipeline, model_id, model, draws)
+    target = pipeline.store.child("report")
+    for name, data in render(content, max_observations=_OBSERVATIONS).items():
+        target.put(name, data)
+    shown = next((each for each in content.observations if each.status == "ok"), None)
+    if shown is None:
+        return target, "no observation has a posterior"
+    rows = posterior_table(
+        shown.draws, list(content.parameter_names), content.units, shown.true_parameters
+    )
+    return target, format_table(rows)
+
+
+def _draws_of(pipeline: Pipeline, model_id: str) -> ObjectStore:
+    """Draws of the model in use: of the catalog that the experiment names, else any."""
+    folders = sorted(
+        {
+            key.split("/")[1]
+            for key in pipeline.store.list("posteriors/")
+            if key.endswith(MANIFEST) and f"-{model_id}" in key
+        },
+        key=lambda name: not name.startswith("observed-"),
+    )
+    if not folders:
+        raise InputError(
+            f"report: {pipeline.store.uri} holds no draws of model {model_id}; run "
+            "`sbi-dist infer` first"
+        )
+    return pipeline.store.child(f"posteriors/{folders[0]}")
+
+
+def _content(
+    pipeline: Pipeline, model_id: str, model: ObjectStore, draws: ObjectStore
+) -> ReportContent:
+    problem, experiment = pipeline.problem, pipeline.experiment
+    about = Posterior.from_store(model).about
+    history = json.loads(model.get(METRICS))
+    history["training_loss"] = [
+        float("nan") if loss is None else loss for loss in history["training_loss"]
+    ]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        prior_draws = sample_prior(problem.prior, _PRIOR_DRAWS)
+    dataset, notes = _dataset(pipeline, about)
+    trained_prior = prior_from_data(about["prior"])
+    if about["dataset"]["round"] > 1 and trained_prior is not None:
+        notes.append(
+            f"The model was trained in round {about['dataset']['round']} on simulations from the "
+            "prior truncated to the box that holds the posterior of the observed data "
+            f"({'; '.join(describe(trained_prior))}). It is valid for these data, not for others."
+        )
+    description = "\n\n".join(part for part in (problem.title, problem.description) if part)
+    axis = problem.axis
+    return ReportContent(
+        experiment=experiment.name,
+        problem=description or f"Parameters of {experiment.problem} given its data.",
+        reference=problem.reference or None,
+        parameter_names=list(problem.parameter_names or ()),
+        units=list(problem.parameter_units) if problem.parameter_units else None,
+        prior_draws=prior_draws,
+        prior_description=describe(problem.prior),
+        dataset=dataset,
+        model=ModelFacts(
+            model_id=model_id,
+            estimator=_ESTIMATORS[about["estimator"]["estimator"]],
+            weights=about["num_weights"],
+            training_seconds=history["seconds"],
+            history=history,
+            validation_loss=history["best_validation_loss"],
+        ),
+        observations=_observations(pipeline, draws),
+        axes=PredictiveAxes()
+        if axis is None
+        else PredictiveAxes(
+            coordinate=None if axis.values is None else np.asarray(axis.values, dtype=float),
+            coordinate_label=axis.label or None,
+            series_names=list(axis.series) or None,
+            value_label=axis.value_label or None,
+            log_scale=axis.log,
+        ),
+        settings=experiment.resolved(),
+        versions=about["versions"],
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        notes=notes,
+    )
+
+
+def _dataset(pipeline: Pipeline, about: dict[str, Any]) -> tuple[DatasetFacts, list[str]]:
+    """The simulations that the model was trained on."""
+    dataset_id = about["dataset"]["id"]
+    dataset = Dataset(pipeline.store.child(f"simulations/{dataset_id}"))
+    used = {index for index, _ in about["dataset"]["shards"]}
+    records = [record for index, record in sorted(dataset.stored().items()) if index in used]
+    counts: dict[str, int] = {}
+    for record in records:
+        for name, count in record.statuses.items():
+            counts[name] = counts.get(name, 0) + count
+    total = sum(record.rows for record in records)
+    failed = sum(failures(record) for record in records)
+    notes = []
+    if failed:
+        notes.append(
+            f"{failed:,} of {total:,} simulations failed ({failed / total:.2%}) and were left out "
+            "of the training: the posterior is conditional on a simulation that succeeds."
+        )
+    # Enough shards for a histogram of run times.
+    durations = [dataset.read(record.index).duration_s for record in records[:8]]
+    facts = DatasetFacts(
+        dataset_id=dataset_id,
+        simulations=total,
+        status_counts=counts,
+        durations=np.concatenate(durations) if durations else np.zeros(0),
+        failures=[
+            FailureFacts(entry["message"], entry["count"], entry["theta"])
+            for entry in frequent_failures(records)
+        ],
+    )
+    return facts, notes
+
+
+def _observations(pipeline: Pipeline, target: ObjectStore) -> list[ObservationFacts]:
+    from sbi_dist.pipeline import PREDICTIVE
+
+    problem = pipeline.problem
+    manifest = json.loads(target.get(MANIFEST))
+    ids, statuses, draws = read_draws(target, _OBSERVATIONS + 1)
+    facts = []
+    for number, (name, status) in enumerate(zip(ids, statuses, strict=True)):
+        of_problem = manifest["catalog"].startswith("observed-")
+        predictive = None
+        if of_problem and target.exists(PREDICTIVE):
+            predictive = np.load(io.BytesIO(target.get(PREDICTIVE)), allow_pickle=False)
+        facts.append(
+            ObservationFacts(
+                observation_id=name,
+                draws=draws[number],
+                status=status,
+                true_parameters=problem.true_parameters if of_problem else None,
+                observed=problem.observed if of_problem else None,
+                predictive=predictive,
+            )
+        )
+    return facts

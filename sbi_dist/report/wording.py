@@ -1,0 +1,157 @@
+"""The page's sentences, made from numbers.
+
+Only text: no HTML, no plots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sbi_dist.report.arrays import FloatArray
+from sbi_dist.report.content import ObservationFacts, ReportContent
+
+
+def duration(seconds: float) -> str:
+    """A length of time in the units a person would use."""
+    if not math.isfinite(seconds):
+        return "an unknown time"
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 59.5:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 simulation``, ``2,000 simulations``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def joined(items: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def summary(content: ReportContent) -> str:
+    """What was done and what came out, in one paragraph."""
+    names, dataset, model = content.parameter_names, content.dataset, content.model
+    failed = dataset.simulations - dataset.status_counts.get("ok", 0)
+    if failed <= 0:
+        outcome = "all of which succeeded"
+    else:
+        share = 100 * failed / max(dataset.simulations, 1)
+        outcome = f"{failed:,} of which ({share:.2g} %) failed and were left out"
+    opening = (
+        f"The posterior distribution of {plural(len(names), 'parameter')} was inferred from "
+        f"{plural(len(content.observations), 'observation')}. "
+        f"A conditional density estimator ({model.estimator}, {plural(model.weights, 'weight')}) "
+        f"was trained in {duration(model.training_seconds)} on "
+        f"{plural(dataset.simulations, 'simulation')}, {outcome}; "
+        f"its best validation loss is {model.validation_loss:.3f} nats."
+    )
+    sentences = [opening]
+    usable = [o for o in content.observations if len(o.draws) > 1 and np.isfinite(o.draws).all()]
+    if len(usable) == 1:
+        sentences.append(f"The results rest on {plural(len(usable[0].draws), 'posterior draw')}.")
+    sentences += [s for s in (_contraction(content, usable), _truths(usable)) if s]
+    return " ".join(sentences)
+
+
+def _contraction(content: ReportContent, usable: Sequence[ObservationFacts]) -> str:
+    """Which parameters the data speak about: posterior over prior standard deviation."""
+    if content.prior_draws is None or len(content.prior_draws) < 2 or not usable:
+        return ""
+    prior_sd = np.std(content.prior_draws, axis=0)
+    if not (np.isfinite(prior_sd).all() and (prior_sd > 0).all()):
+        return ""
+    ratio = np.mean([np.std(o.draws, axis=0) / prior_sd for o in usable], axis=0)
+    best, worst = int(np.argmin(ratio)), int(np.argmax(ratio))
+    name = content.parameter_names
+    mean = " (mean over observations)" if len(usable) > 1 else ""
+    data = "observations constrain" if len(usable) > 1 else "observation constrains"
+    text = (
+        f"The {data} {name[best]} most: its posterior standard deviation is "
+        f"{100 * ratio[best]:.0f} % of the prior's{mean}"
+    )
+    if best == worst:
+        return text + "."
+    return text + f"; {name[worst]} is constrained least, at {100 * ratio[worst]:.0f} %."
+
+
+def _truths(usable: Sequence[ObservationFacts]) -> str:
+    inside = total = 0
+    for observation in usable:
+        if observation.true_parameters is None:
+            continue
+        truth = np.asarray(observation.true_parameters, dtype=np.float64)
+        low, high = np.quantile(observation.draws, [0.05, 0.95], axis=0)
+        known = np.isfinite(truth)
+        inside += int((known & (truth >= low) & (truth <= high)).sum())
+        total += int(known.sum())
+    if not total:
+        return ""
+    return (
+        f"Of the {total:,} known true values, {inside:,} {'lies' if inside == 1 else 'lie'} "
+        "between the posterior's 5 % and "
+        f"95 % quantiles (about {0.9 * total:.0f} expected)."
+    )
+
+
+def coverage_sentences(
+    counts: Sequence[tuple[int, int]], names: Sequence[str] | None, draws: int, dropped: int = 0
+) -> list[str]:
+    """One sentence a series on how many observed values the 95 % interval holds."""
+    sentences = []
+    for index, (inside, total) in enumerate(counts):
+        who = ""
+        if len(counts) > 1:
+            label = names[index] if names else f"Series {index + 1}"
+            who = f"{label}: "
+        if total == 1 and len(counts) == 1:
+            where = "inside" if inside else "outside"
+            sentences.append(f"The observed value lies {where} the 95 % interval.")
+            continue
+        verb = "lies" if inside == 1 else "lie"
+        sentences.append(f"{who}{inside} of {total} observed values {verb} inside the 95 % band.")
+    lost = f"; {dropped:,} more failed and were left out" if dropped else ""
+    sentences.append(f"Based on {plural(draws, 'simulation')} at posterior draws{lost}.")
+    return sentences
+
+
+def example(theta: Any, names: Sequence[str]) -> str:
+    """Parameters of one simulation as ``name = value`` pairs."""
+    values: FloatArray = np.asarray(theta, dtype=np.float64).ravel()
+    if len(values) != len(names):
+        return ", ".join(f"{value:.4g}" for value in values)
+    return ", ".join(f"{name} = {value:.4g}" for name, value in zip(names, values, strict=True))
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as ``("a.b", "value")`` pairs in their own order."""
+    rows: list[tuple[str, str]] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            rows += flattened(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, Mapping) for v in value):
+            rows += flattened({str(i): v for i, v in enumerate(value)}, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", _setting(value)))
+    return rows
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_setting(v) for v in value) + "]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,207 @@
+"""How a scientist's simulator is called: its form, found by running it, and its rows.
+
+A simulator is a Python callable on one parameter vector (D,) or on a batch (N, D), numpy or
+torch, with or without a keyword ``rng`` (a ``numpy.random.Generator``). Here is the detection of
+which of these it is and the call of one batch or one row with reproducible random numbers. Where
+the rows run (Ray actors, child processes) is in ``simulation/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from sbi_dist.errors import InputError
+
+__all__ = ["SimulatorForm", "call", "detect_form", "row_streams", "seed_stream"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatorForm:
+    """What a simulator takes and gives back.
+
+    Attributes:
+        batched: takes (N, D) and gives (N, *x_shape); else takes (D,) and gives x_shape.
+        library: ``numpy`` (gets float64 arrays) or ``torch`` (gets float32 tensors).
+        takes_rng: has a parameter ``rng``.
+        x_shape: shape of one simulation's data.
+        note: why this form was chosen, where it was not the only one possible.
+    """
+
+    batched: bool
+    library: str
+    takes_rng: bool
+    x_shape: tuple[int, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        rows = "a batch of parameter vectors" if self.batched else "one parameter vector at a time"
+        rng = ", with rng" if self.takes_rng else ""
+        shape = " x ".join(map(str, self.x_shape)) or "scalar"
+        text = f"takes {rows} as {self.library}{rng}, gives x of shape {shape}"
+        return f"{text} ({self.note})" if self.note else text
+
+
+def seed_stream(sequence: np.random.SeedSequence) -> np.random.Generator:
+    """A generator from ``sequence``; seeds python's, numpy's and torch's global ones as well."""
+    state = sequence.generate_state(4, np.uint64)
+    _seed_globals(state)
+    return np.random.Generator(np.random.Philox(key=state[2:]))
+
+
+def row_streams(sequence: np.random.SeedSequence, rows: int) -> np.ndarray:
+    """Keys of one random stream a row, uint64 of shape (rows, 2): row i's do not depend on others."""
+    return sequence.generate_state(2 * rows, np.uint64).reshape(rows, 2)
+
+
+def _seed_globals(state: np.ndarray) -> None:
+    random.seed(int(state[0]))
+    np.random.seed(int(state[0] & np.uint64(0xFFFFFFFF)))
+    torch.default_generator.manual_seed(int(state[1] >> np.uint64(1)))
+
+
+def call(
+    simulator: Callable[..., Any], form: SimulatorForm, theta: np.ndarray, stream: Any
+) -> np.ndarray:
+    """Simulate theta, float32 of shape (N, D) for a batched form, (D,) for a form of one row.
+
+    ``stream`` is a ``SeedSequence`` or a row's key of :func:`row_streams`. Returns float32 of
+    shape (N, *x_shape) or x_shape; an x of another shape or type is a ``ValueError``, and what the
+    simulator raises passes through.
+    """
+    if isinstance(stream, np.random.SeedSequence):
+        rng = seed_stream(stream)
+    else:
+        if not form.takes_rng:
+            _seed_globals(stream)
+        rng = np.random.Generator(np.random.Philox(key=stream))
+    result = _invoke(simulator, form.library, form.takes_rng, theta, rng)
+    expected = (len(theta), *form.x_shape) if form.batched else form.x_shape
+    if result.shape != expected:
+        raise ValueError(f"x has shape {result.shape}, expected {expected}")
+    return result
+
+
+def _invoke(
+    simulator: Callable[..., Any], library: str, takes_rng: bool, theta: np.ndarray, rng: Any
+) -> np.ndarray:
+    argument: Any = (
+        theta.astype(np.float64) if library == "numpy" else torch.from_numpy(theta.copy())
+    )
+    with torch.no_grad():
+        result = simulator(argument, rng=rng) if takes_rng else simulator(argument)
+    return _as_float32(result)
+
+
+def _as_float32(result: Any) -> np.ndarray:
+    if isinstance(result, torch.Tensor):
+        result = result.detach().cpu().numpy()
+    if result is None:
+        raise ValueError("the simulator returned None, expected an array of numbers")
+    try:
+        array = np.asarray(result)
+    except ValueError as error:
+        raise ValueError(f"the simulator returned no array of numbers ({error})") from error
+    if array.dtype.kind not in "fiub":
+        raise ValueError(
+            f"x has dtype {array.dtype} ({type(result).__name__}), expected real numbers"
+        )
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def takes_rng(simulator: Callable[..., Any]) -> bool:
+    """Whether the simulator has a parameter named ``rng``."""
+    try:
+        return "rng" in inspect.signature(simulator).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def detect_form(
+    simulator: Callable[..., Any], draws: np.ndarray, batched: bool | None = None
+) -> SimulatorForm:
+    """Find the simulator's form by running it on a few draws of the prior.
+
+    Args:
+        simulator: the callable.
+        draws: parameter vectors to try, float32 of shape (at least 12, D).
+        batched: force the form of a batch (True) or of one row (False) instead of finding it.
+
+    Raises:
+        InputError: no form works; says what came back and what was expected.
+    """
+    if not callable(simulator):
+        raise InputError(
+            f"problem.simulator is {type(simulator).__name__}; it must be callable as "
+            "simulator(theta)"
+        )
+    size = draws.shape[1]
+    rows = 3 if size != 3 else 4
+    rng = takes_rng(simulator)
+    failures: list[str] = []
+    for library in ("numpy", "torch"):
+        trial = _Trial(simulator, library, rng)
+        single = None if batched is True else trial.run(draws[0])
+        batch = None if batched is False else trial.run(draws[:rows])
+        batch_shape = None
+        if isinstance(batch, np.ndarray):
+            if batch.shape[:1] == (rows,):
+                batch_shape = batch.shape[1:]
+            else:
+                batch = (
+                    f"given theta of shape ({rows}, {size}) it returned x of shape {batch.shape}, "
+                    f"whose first length is not {rows}"
+                )
+        if batch_shape is not None and isinstance(single, np.ndarray):
+            # Both run. A true batch simulator keeps its rows apart.
+            reason = trial.rows_interact(draws, batch_shape)
+            if reason is None:
+                return SimulatorForm(True, library, rng, batch_shape)
+            return SimulatorForm(False, library, rng, single.shape, reason)
+        if batch_shape is not None:
+            return SimulatorForm(True, library, rng, batch_shape)
+        if isinstance(single, np.ndarray):
+            return SimulatorForm(False, library, rng, single.shape)
+        for theta_shape, outcome in (((size,), single), ((rows, size), batch)):
+            if outcome is not None:
+                failures.append(f"{library} theta of shape {theta_shape}: {outcome}")
+    raise InputError(
+        f"problem.simulator can't be run on a draw of the prior, which has {size} parameter"
+        f"{'s' if size != 1 else ''}: {'; '.join(dict.fromkeys(failures))}. Expected an array of "
+        "real numbers, the same shape for every theta (check that the prior and the simulator "
+        "have the same number of parameters)"
+    )
+
+
+class _Trial:
+    def __init__(self, simulator: Callable[..., Any], library: str, rng: bool) -> None:
+        self.simulator, self.library, self.rng = simulator, library, rng
+
+    def run(self, theta: np.ndarray) -> np.ndarray | str:
+        stream = seed_stream(np.random.SeedSequence(1))
+        try:
+            return _invoke(self.simulator, self.library, self.rng, np.array(theta), stream)
+        except Exception as error:  # whatever a stranger's code raises
+            first_line = (str(error).splitlines() or [""])[0]
+            return f"{type(error).__name__}: {first_line}"
+
+    def rows_interact(self, draws: np.ndarray, x_shape: tuple[int, ...]) -> str | None:
+        """Why the first row of a batch depends on the other rows, or None where it does not."""
+        rows = 5 if draws.shape[1] != 5 else 6
+        first = self.run(draws[:rows])
+        others = np.concatenate([draws[:1], draws[rows : 2 * rows - 1]])
+        second = self.run(others)
+        for result in (first, second):
+            if not isinstance(result, np.ndarray) or result.shape != (rows, *x_shape):
+                return "a batch came back with another shape"
+        assert isinstance(first, np.ndarray) and isinstance(second, np.ndarray)
+        if not np.array_equal(first[0], second[0], equal_nan=True):
+            return "in a batch, a row's x changed with the other rows; set batched=True if it may"
+        return None
