@@ -40,8 +40,12 @@ format: $(VENV)/.test
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python -m tests.benchmarks
 
+# Ray can't start workers with an interpreter whose path has a space in it: they hang.
 $(VENV)/.created:
-	@for python in $(PYTHON); do \
+	@case "$$(pwd)" in *[[:space:]]*) \
+	    echo "make: Ray needs a path without spaces; move the checkout out of: $$(pwd)" >&2; exit 1;; \
+	esac; \
+	for python in $(PYTHON); do \
 	    if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
 	            2>/dev/null; then \
 	        "$$python" -m venv --clear $(VENV) && touch $@ && exit; \

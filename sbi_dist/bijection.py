@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.special import log_ndtr, ndtr
+from torch.special import log_ndtr
 
 __all__ = ["SupportBijection", "matched_softness"]
 
@@ -29,9 +29,10 @@ _TAIL = 7.0  # softnesses beyond the edge at which float64 can tell the image fr
 def matched_softness(residual_sd: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Softness of each component from the width to which x pins theta down, shape (D,).
 
-    ``residual_sd`` is the standard deviation of theta about its linear regression on x. For a
-    normal cut at an edge, the approximation error of the map is least at 1.25 times the normal's
-    sd (in units of the half-width); see tests/unit/test_bijection.py.
+    ``residual_sd`` is the standard deviation of theta about its linear regression on x. A normal
+    cut at its centre by an edge is 0.006 nats (Kullback-Leibler) from the nearest image of a
+    normal at 1.25 times its sd (in units of the half-width); 0.0004 at 0.8 times, where the
+    distance is least, and over 0.04 at 0.3 or 4 times. See tests/unit/test_bijection.py.
     """
     half_width = np.where(np.isfinite(high - low), (high - low) / 2, 1.0)
     return np.clip(1.25 * residual_sd / half_width, 0.01, 0.6)
@@ -145,7 +146,9 @@ _TINY = 1e-300
 
 def _integral_of_ndtr(t: Tensor) -> Tensor:
     """t Phi(t) + phi(t), the integral of the normal distribution function up to t."""
-    return t * ndtr(t) + torch.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)
+    # Phi by erfc: torch's ndtr rounds to 1e-16, not in proportion, so that the tail is lost.
+    cdf = 0.5 * torch.erfc(t / -math.sqrt(2))
+    return t * cdf + torch.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)
 
 
 def _soft_cdf(z: Tensor, s: Tensor) -> Tensor:
@@ -166,20 +169,17 @@ def _soft_quantile(unit: Tensor, s: Tensor) -> Tensor:
     """Inverse of :func:`_soft_cdf`: bisection, then Newton steps kept inside the bracket."""
     lower_half = torch.minimum(unit, 1 - unit)
     left = (-1 - _TAIL * s).expand_as(unit).clone()
-    right = torch.zeros_like(unit)
+    # Beyond zero, so that no root is at this end of the bracket.
+    right = (0.1 * s).expand_as(unit).clone()
     for _ in range(8):
         middle = 0.5 * (left + right)
         below = _soft_cdf(middle, s) < lower_half
         left, right = torch.where(below, middle, left), torch.where(below, right, middle)
     z = 0.5 * (left + right)
     for _ in range(8):
-        excess = _soft_cdf(z, s) - lower_half
-        right, left = torch.where(excess > 0, z, right), torch.where(excess <= 0, z, left)
-        # Newton on the logarithm: the left tail is concave there, so that steps do not overshoot.
-        cdf = (excess + lower_half).clamp_min(_TINY)
+        # On the logarithm, which is concave: after the first, steps approach from the left.
+        cdf = _soft_cdf(z, s).clamp_min(_TINY)
         slope = torch.exp(_soft_log_density(z, s)) / cdf
         step = (cdf.log() - lower_half.clamp_min(_TINY).log()) / slope
-        newton = z - step
-        middle = 0.5 * (left + right)
-        z = torch.where((newton >= left) & (newton <= right), newton, middle)
+        z = (z - step).clamp(left, right)
     return torch.where(unit > 0.5, -z, z)

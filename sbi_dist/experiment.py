@@ -148,7 +148,7 @@ def _explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     field = ".".join(location)
     kind, value = problem["type"], problem.get("input")
-    if kind == "unexpected_keyword_argument":
+    if kind in ("unexpected_keyword_argument", "invalid_key"):
         owner: Any = Experiment
         for part in location[:-1]:
             owner = _SECTIONS[part]

@@ -27,7 +27,7 @@ from sbi_dist.estimation.trainer import METRICS, train
 from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.priors import as_prior, prior_to_data, support_bounds
 from sbi_dist.problem import Problem
-from sbi_dist.session import connected
+from sbi_dist.session import connect
 from sbi_dist.simulation.dataset import Dataset, Simulations, encode_shard, versions
 from sbi_dist.simulation.driver import simulate
 from sbi_dist.simulation.options import SimulateOptions
@@ -156,7 +156,9 @@ def simulate_for_sbi(
         actors=num_workers,
         max_failure_fraction=1.0,
     )
-    with _place(store) as root, connected():
+    # Stays for the calls that follow, such as train().
+    connect()
+    with _place(store) as root:
         records = simulate(problem, options, root, show_progress_bar)
         simulations = Dataset(root).read_all([record.index for record in records])
     theta, x = simulations.theta[:num_simulations], simulations.x[:num_simulations]
@@ -226,7 +228,8 @@ class NPE:
             )
         if self._x and x.shape[1:] != self._x[0].shape[1:]:
             raise InputError(
-                f"x has shape {x.shape[1:]} a simulation, those appended before {self._x[0].shape[1:]}"
+                f"x has shape {x.shape[1:]} a simulation, those appended before "
+                f"{self._x[0].shape[1:]}"
             )
         self._theta.append(theta)
         self._x.append(x if x.ndim > 1 else x[:, None])
@@ -265,7 +268,8 @@ class NPE:
         chosen = _options(
             {**dataclasses.asdict(self.options), "seed": _seed(seed), **changes, **options}
         )
-        with _place(self._store) as root, connected():
+        connect()
+        with _place(self._store) as root:
             simulations, bounds, about = self._simulations()
             data, record = encode_shard(simulations, {"shard": 0, **about})
             root.put("simulations/shard-000000.parquet", data)

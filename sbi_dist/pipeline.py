@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sbi_dist.catalog.infer import MANIFEST, read_draws
 from sbi_dist.catalog.infer import infer as infer_catalog
 from sbi_dist.catalog.observations import Catalog, make_catalog, read_catalog
 from sbi_dist.errors import InputError
@@ -37,9 +39,9 @@ __all__ = ["Pipeline"]
 PREDICTIVE = "predictive.npy"
 # A box that leaves out this much of the posterior on each side of each parameter, and a margin
 # for an estimator that is not exact yet.
-_TRUNCATED_TAIL = 1e-4
+_TRUNCATED_TAIL = 3e-4
 _TRUNCATION_DRAWS = 50_000
-_TRUNCATION_MARGIN = 0.25
+_TRUNCATION_MARGIN = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +81,7 @@ class Pipeline:
     # ---- where things are ----
 
     def _round(self, number: int, problem: Problem) -> _Round:
-        identity = digest(
-            {"problem": problem.fingerprint(), **self.experiment.simulate.outcome()}
-        )
+        identity = digest({"problem": problem.fingerprint(), **self.experiment.simulate.outcome()})
         return _Round(number, problem, identity, self.store.child(f"simulations/{identity}"))
 
     def _records(self, this: _Round) -> list[ShardRecord] | None:
@@ -217,14 +217,12 @@ class Pipeline:
         posterior = Posterior.from_store(model)
         options = self.experiment.infer
         catalog = self._catalog(posterior)
-        target = (
-            open_store(output)
-            if output
-            else self.store.child(f"posteriors/{self._results(catalog.name, model_id)}")
+        target = open_store(output) if output else self._draws(catalog, model_id)
+        manifest = infer_catalog(
+            posterior, model, catalog, options, target, self.problem, self.address
         )
-        manifest = infer_catalog(posterior, model, catalog, options, target, self.address)
         if options.observations is None and options.predictive_simulations:
-            self._predict(posterior, catalog, target)
+            self._predict(target)
         statuses = ", ".join(f"{count:,} {name}" for name, count in manifest["statuses"].items())
         say(
             f"infer: {options.num_samples:,} draws for each of {len(catalog.ids):,} observation(s) "
@@ -232,12 +230,37 @@ class Pipeline:
         )
         return target, manifest
 
-    def _results(self, catalog: str, model_id: str) -> str:
+    def _draws(self, catalog: Catalog, model_id: str) -> ObjectStore:
         """Folder of a catalog's draws; another number or seed of draws is another folder."""
         chosen = self.experiment.infer.outcome()
         default = type(self.experiment.infer)().outcome()
         suffix = "" if chosen == default else f"-{digest(chosen, 6)}"
-        return f"{catalog}-{model_id}{suffix}"
+        return self.store.child(f"posteriors/{catalog.name}{suffix}-{model_id}")
+
+    def drawn(self) -> ObjectStore:
+        """The folder of the draws that the experiment asks for, or else others of its model.
+
+        Raises:
+            InputError: the model in use has no draws.
+        """
+        model_id, model = self.promoted()
+        others = sorted(
+            {
+                key.split("/")[1]
+                for key in self.store.list("posteriors/")
+                if key.endswith(f"-{model_id}/{MANIFEST}")
+            },
+            key=lambda name: not name.startswith("observed-"),
+        )
+        if not others:
+            raise InputError(
+                f"{self.store.uri} holds no draws of model {model_id}; run `sbi-dist infer` first"
+            )
+        if self.problem.observed is not None or self.experiment.infer.observations is not None:
+            asked = self._draws(self._catalog(Posterior.from_store(model)), model_id)
+            if asked.exists(MANIFEST):
+                return asked
+        return self.store.child(f"posteriors/{others[0]}")
 
     def _catalog(self, posterior: Posterior) -> Catalog:
         path = self.experiment.infer.observations
@@ -256,16 +279,14 @@ class Pipeline:
         name = f"observed-{digest(observed.tolist(), 8)}"
         return make_catalog(name, ["observed"], observed[None])
 
-    def _predict(self, posterior: Posterior, catalog: Catalog, target: ObjectStore) -> None:
+    def _predict(self, target: ObjectStore) -> None:
+        """Simulate from posterior draws of the observed data, for the predictive check."""
         if target.exists(PREDICTIVE):
             return
-        import io
-
         options = self.experiment.infer
-        theta = posterior.sample(
-            (options.predictive_simulations,), catalog.x[0], seed=options.seed
-        ).numpy()
-        x = simulate_predictive(self.problem, theta, options.seed)
+        draws = read_draws(target, 1).draws[0]
+        chosen = np.linspace(0, len(draws) - 1, options.predictive_simulations).astype(int)
+        x = simulate_predictive(self.problem, draws[chosen], options.seed)
         sink = io.BytesIO()
         np.save(sink, x)
         target.put(PREDICTIVE, sink.getvalue())

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Uniform, constraints
+from torch.distributions import Distribution, Independent, LogNormal, Normal, Uniform, constraints
+from torch.special import ndtri
 
 from sbi_dist.errors import InputError
 
@@ -74,14 +75,17 @@ class Truncated(Distribution):
     """A univariate distribution restricted to [low, high] and normalized there.
 
     p(t) = base(t) / (F(high) - F(low)) for low <= t <= high, with F the base's distribution
-    function. Drawn by inversion, so that no draw is ever rejected.
+    function. Drawn by inversion, so that no draw is ever rejected. A Normal or LogNormal may be
+    cut anywhere in its tails; torch's distribution functions of the others round to about 1e-16,
+    so that the interval must hold a mass of 1e-12.
 
     Args:
         base: univariate distribution (batch and event shape ``()``) with ``cdf`` and ``icdf``.
         low, high: bounds; infinite ones are allowed.
 
     Raises:
-        InputError: base is not univariate, low >= high, or the interval holds no mass.
+        InputError: base is not univariate or has no ``cdf`` or ``icdf``, low >= high, or the
+            interval holds too little mass.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -98,18 +102,47 @@ class Truncated(Distribution):
             raise InputError(f"prior: Truncated low {low} must be below high {high}")
         base_low, base_high = (float(b[0]) for b in support_bounds(_vector(base)))
         self.low, self.high = max(self.low, base_low), min(self.high, base_high)
-        self._cdf_low = self._base_cdf(self.low, 0.0)
-        self._mass = self._base_cdf(self.high, 1.0) - self._cdf_low
-        if not self._mass > 0:
+        if not self.low < self.high:
             raise InputError(
-                f"prior: {type(base).__name__} has no mass between {self.low} and {self.high}"
+                f"prior: Truncated to [{low}, {high}] leaves nothing of the support of "
+                f"{type(base).__name__}, [{base_low}, {base_high}]"
+            )
+        try:
+            median = float(base.icdf(torch.tensor(0.5)))
+            self._upper = self.low > median
+            start, end = (
+                float(self._level(torch.tensor(bound, dtype=torch.float64)))
+                for bound in (self.low, self.high)
+            )
+        except NotImplementedError as error:
+            raise InputError(
+                f"prior: {type(base).__name__} can't be truncated, as torch has no distribution "
+                "function of it or no inverse of that"
+            ) from error
+        self._start, self._span = start, end - start
+        smallest = 1e-300 if type(base) in _ACCURATE else 1e-12
+        if not abs(self._span) >= smallest:
+            raise InputError(
+                f"prior: {type(base).__name__} has a mass of {abs(self._span):.1g} between "
+                f"{self.low} and {self.high}, less than {smallest:g}; give bounds that hold more"
             )
         super().__init__(validate_args=False)
 
-    def _base_cdf(self, value: float, at_infinity: float) -> float:
-        if math.isinf(value):
-            return at_infinity
-        return float(self.base.cdf(torch.tensor(value, dtype=torch.float64)))
+    def _level(self, value: Tensor) -> Tensor:
+        """The base's F(value); of a normal cut above its median 1 - F, which keeps its digits."""
+        if type(self.base) not in _ACCURATE:
+            return self.base.cdf(value)
+        line = value.log() if isinstance(self.base, LogNormal) else value
+        score = (line - self.base.loc.double()) / self.base.scale.double()
+        # torch's ndtr rounds to 1e-16, its erfc in proportion.
+        return 0.5 * torch.erfc((score if self._upper else -score) / math.sqrt(2))
+
+    def _at_level(self, level: Tensor) -> Tensor:
+        if type(self.base) not in _ACCURATE:
+            return self.base.icdf(level)
+        score = -ndtri(level) if self._upper else ndtri(level)
+        line = self.base.loc.double() + self.base.scale.double() * score
+        return line.exp() if isinstance(self.base, LogNormal) else line
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> Any:
@@ -130,16 +163,20 @@ class Truncated(Distribution):
         inside = (value >= self.low) & (value <= self.high)
         anchor = torch.as_tensor(float(self.icdf(torch.tensor(0.5, dtype=torch.float64))))
         density = self.base.log_prob(torch.where(inside, value, anchor.to(value)))
-        return torch.where(inside, density - math.log(self._mass), -math.inf)
+        return torch.where(inside, density - math.log(abs(self._span)), -math.inf)
 
     def cdf(self, value: Tensor) -> Tensor:
         clamped = torch.as_tensor(value, dtype=torch.float64).clamp(self.low, self.high)
-        return (self.base.cdf(clamped) - self._cdf_low) / self._mass
+        return (self._level(clamped) - self._start) / self._span
 
     def icdf(self, value: Tensor) -> Tensor:
-        level = self._cdf_low + self._mass * torch.as_tensor(value, dtype=torch.float64)
-        # Rounding of the base's icdf must not put a draw outside the bounds.
-        return self.base.icdf(level).clamp(self.low, self.high)
+        level = self._start + self._span * torch.as_tensor(value, dtype=torch.float64)
+        # Rounding must not put a draw outside the bounds.
+        return self._at_level(level).clamp(self.low, self.high)
+
+
+# Bases whose distribution function is computed here, exact in both tails.
+_ACCURATE = (Normal, LogNormal)
 
 
 class Product(Distribution):
@@ -200,8 +237,6 @@ def _vector(prior: Distribution) -> Distribution:
         return Independent(_expanded(prior), 1, validate_args=False)
     if prior.event_shape == () and len(prior.batch_shape) == 1:
         return Independent(prior, 1, validate_args=False)
-    if prior.batch_shape == (1,) and len(prior.event_shape) == 1:
-        return prior.expand(torch.Size([]))
     if prior.batch_shape != () or len(prior.event_shape) != 1:
         raise InputError(
             f"prior: {type(prior).__name__} has batch shape {tuple(prior.batch_shape)} and event "
@@ -336,17 +371,20 @@ def prior_to_data(prior: Distribution) -> dict[str, Any]:
 
 
 def prior_from_data(data: dict[str, Any]) -> Distribution | None:
-    """The prior that :func:`prior_to_data` described; None for an ``opaque`` one.
+    """The prior that :func:`prior_to_data` described; None where it, or a part, is ``opaque``.
 
     Raises:
         InputError: the data names no known prior.
     """
-    if data.get("kind") == "opaque":
-        return None
     try:
-        return as_prior(_from_data(data))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        return None if _has_opaque(data) else as_prior(_from_data(data))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"prior: {data!r:.200} does not describe a prior ({error})") from error
+
+
+def _has_opaque(data: dict[str, Any]) -> bool:
+    parts = [data["base"]] if "base" in data else data.get("blocks", [])
+    return data["kind"] == "opaque" or any(_has_opaque(part) for part in parts)
 
 
 def _from_data(data: dict[str, Any]) -> Distribution:

@@ -28,10 +28,7 @@ from sbi_dist.options import nearest
 from sbi_dist.priors import as_prior, prior_to_data, sample_prior
 from sbi_dist.simulator import SimulatorForm, detect_form
 
-__all__ = ["FROM_FILE", "ObservationAxis", "Problem", "load_problem"]
-
-# Marks a module that was loaded from a file and so is not installed where the workers run.
-FROM_FILE = "__sbi_dist_from_file__"
+__all__ = ["ObservationAxis", "Problem", "load_problem"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +63,8 @@ class Problem:
         true_parameters: the parameters that made ``observed``, where known; shape (D,).
         batched: force the simulator's form (None: found by running it).
         axis: how to draw x.
+        log_likelihood: log p(x | theta) where it is known: callable on numpy theta (N, D) and one
+            x of x_shape, giving (N,); used for importance weights only.
         title, description, reference: for the report.
         version: replaces the simulator's source code in the fingerprint, so that edits that do
             not change its results keep the stored simulations.
@@ -82,6 +81,7 @@ class Problem:
     true_parameters: Any = None
     batched: bool | None = None
     axis: ObservationAxis | None = None
+    log_likelihood: Callable[..., Any] | None = None
     title: str = ""
     description: str = ""
     reference: str = ""
@@ -125,7 +125,7 @@ class Problem:
                 f"problem.{field} is {values!r}; it must be a list of {self.num_parameters} "
                 "strings, one for each parameter of the prior"
             )
-        return tuple(str(value) for value in values)
+        return tuple("" if value is None else str(value) for value in values)
 
     @property
     def num_parameters(self) -> int:
@@ -258,7 +258,6 @@ def _load_file(place: str, base: Path | None) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    module.__dict__[FROM_FILE] = True
     sys.modules[name] = module
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))

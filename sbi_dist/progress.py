@@ -81,7 +81,7 @@ class Progress:
         parts = [f"{rate:,.3g} {self.unit}/s" if rate < 100 else f"{rate:,.0f} {self.unit}/s"]
         if self._note:
             parts.append(self._note)
-        if 0 < rate and self._done < self.total:
+        if rate > 0 and self._done < self.total:
             parts.append(f"{duration((self.total - self._done) / rate)} left")
         return ", ".join(parts)
 

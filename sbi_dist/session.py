@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import socket
+import threading
 from collections.abc import Iterator
+from urllib.parse import urlparse
 
 from sbi_dist.errors import InputError, StageError
 
-__all__ = ["connected", "require"]
+__all__ = ["connect", "connected", "require"]
 
 # Ray Train polls its workers every two seconds by default, which a short training would wait for.
 _QUIET = {
@@ -22,11 +26,22 @@ _QUIET = {
 
 @contextlib.contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """Connect to Ray for the duration of a ``with`` block.
+    """Connect to Ray for the duration of a ``with`` block; see :func:`connect`."""
+    import ray
 
-    Keeps a connection that is there already. Otherwise joins the cluster at ``address`` (or at the
-    environment's ``RAY_ADDRESS``, which a submitted Ray job has), or starts a local one and ends
-    it afterwards.
+    began = connect(address)
+    try:
+        yield
+    finally:
+        if began:
+            ray.shutdown()
+
+
+def connect(address: str | None = None) -> bool:
+    """Connect to Ray until the process ends; whether there was no connection before.
+
+    Joins the cluster at ``address`` (or at the environment's ``RAY_ADDRESS``, which a submitted
+    Ray job has), or starts a local one.
 
     Raises:
         InputError: no cluster answers at the address.
@@ -36,11 +51,13 @@ def connected(address: str | None = None) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        yield
-        return
+        return False
     # Of Ray's own messages only errors are the user's concern.
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _answers(address)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, logging_level="ERROR", log_to_driver=False)
@@ -60,10 +77,35 @@ def connected(address: str | None = None) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         raise StageError(f"Ray could not start ({error})") from error
+    # Ray puts its own handler there, with another exit code.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+    return True
+
+
+def _answers(address: str) -> None:
+    """Check that something listens at ``host:port``; Ray itself would try for minutes.
+
+    Raises:
+        InputError: nothing does.
+    """
+    parsed = urlparse(address if "://" in address else f"//{address}")
     try:
-        yield
-    finally:
-        ray.shutdown()
+        host, port = parsed.hostname, parsed.port
+    except ValueError:
+        host = port = None
+    if host is None or port is None:
+        if address in ("auto", "local"):
+            return
+        raise InputError(f"--address {address!r} must be host:port, ray://host:port, auto or local")
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except OSError as error:
+        raise InputError(
+            f"--address: no Ray cluster can be reached at {address!r} "
+            f"({error.strerror or error}); give the address of a running one, or none to start one "
+            "here"
+        ) from error
 
 
 def require(cpus: float, gpus: float, count: int, field: str) -> None:

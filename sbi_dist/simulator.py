@@ -56,7 +56,7 @@ def seed_stream(sequence: np.random.SeedSequence) -> np.random.Generator:
 
 
 def row_streams(sequence: np.random.SeedSequence, rows: int) -> np.ndarray:
-    """Keys of one random stream a row, uint64 of shape (rows, 2): row i's do not depend on others."""
+    """Keys of one random stream a row, uint64 of shape (rows, 2): row i's depends on i only."""
     return sequence.generate_state(2 * rows, np.uint64).reshape(rows, 2)
 
 
@@ -113,7 +113,7 @@ def _as_float32(result: Any) -> np.ndarray:
             f"x has dtype {array.dtype} ({type(result).__name__}), expected real numbers"
         )
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return np.asarray(array, dtype=np.float32, order="C")
 
 
 def takes_rng(simulator: Callable[..., Any]) -> bool:
@@ -159,14 +159,14 @@ def detect_form(
                     f"given theta of shape ({rows}, {size}) it returned x of shape {batch.shape}, "
                     f"whose first length is not {rows}"
                 )
-        if batch_shape is not None and isinstance(single, np.ndarray):
-            # Both run. A true batch simulator keeps its rows apart.
-            reason = trial.rows_interact(draws, batch_shape)
-            if reason is None:
-                return SimulatorForm(True, library, rng, batch_shape)
-            return SimulatorForm(False, library, rng, single.shape, reason)
         if batch_shape is not None:
-            return SimulatorForm(True, library, rng, batch_shape)
+            if batched:
+                return SimulatorForm(True, library, rng, batch_shape)
+            # A true batch simulator keeps its rows apart.
+            apart, note = trial.keeps_rows_apart(draws, batch_shape, single)
+            if apart or not isinstance(single, np.ndarray):
+                return SimulatorForm(True, library, rng, batch_shape, note)
+            return SimulatorForm(False, library, rng, single.shape, note)
         if isinstance(single, np.ndarray):
             return SimulatorForm(False, library, rng, single.shape)
         for theta_shape, outcome in (((size,), single), ((rows, size), batch)):
@@ -187,21 +187,40 @@ class _Trial:
     def run(self, theta: np.ndarray) -> np.ndarray | str:
         stream = seed_stream(np.random.SeedSequence(1))
         try:
-            return _invoke(self.simulator, self.library, self.rng, np.array(theta), stream)
-        except Exception as error:  # whatever a stranger's code raises
+            result = _invoke(self.simulator, self.library, self.rng, np.array(theta), stream)
+        except (Exception, SystemExit) as error:  # whatever a stranger's code raises
             first_line = (str(error).splitlines() or [""])[0]
             return f"{type(error).__name__}: {first_line}"
+        return result if result.size else f"it returned x of shape {result.shape}, with no number"
 
-    def rows_interact(self, draws: np.ndarray, x_shape: tuple[int, ...]) -> str | None:
-        """Why the first row of a batch depends on the other rows, or None where it does not."""
+    def keeps_rows_apart(
+        self, draws: np.ndarray, x_shape: tuple[int, ...], single: np.ndarray | str | None
+    ) -> tuple[bool, str]:
+        """Whether a batch gives what its rows would, and a note on what is not plain about it.
+
+        ``single`` is what the first draw gave by itself.
+        """
         rows = 5 if draws.shape[1] != 5 else 6
-        first = self.run(draws[:rows])
-        others = np.concatenate([draws[:1], draws[rows : 2 * rows - 1]])
-        second = self.run(others)
-        for result in (first, second):
-            if not isinstance(result, np.ndarray) or result.shape != (rows, *x_shape):
-                return "a batch came back with another shape"
-        assert isinstance(first, np.ndarray) and isinstance(second, np.ndarray)
-        if not np.array_equal(first[0], second[0], equal_nan=True):
-            return "in a batch, a row's x changed with the other rows; set batched=True if it may"
-        return None
+        with_others = np.concatenate([draws[:1], draws[rows : 2 * rows - 1]])
+        first_rows = []
+        for batch in (draws[:rows], with_others, draws[:1]):
+            result = self.run(batch)
+            if not isinstance(result, np.ndarray) or result.shape != (len(batch), *x_shape):
+                return False, "a batch of another size came back with another shape"
+            first_rows.append(result[0])
+        first, second, alone = first_rows
+        if not np.array_equal(first, second, equal_nan=True):
+            return False, (
+                "in a batch, a row's x changed with the other rows; set batched=True if it may"
+            )
+        # A function of one row that takes a batch for its row, such as theta / theta[0].
+        if isinstance(single, np.ndarray) and not (
+            single.shape != x_shape
+            or np.allclose(single, alone, rtol=1e-3, atol=1e-6, equal_nan=True)
+        ):
+            return False, (
+                "a batch of one gave another x than its row; set batched=True if that may be"
+            )
+        if not np.array_equal(first, alone, equal_nan=True):
+            return True, "a row's random numbers change with the size of its batch"
+        return True, ""

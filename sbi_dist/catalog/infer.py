@@ -6,6 +6,7 @@ observation and the seed, not on the parts; a run that was killed takes up the m
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -19,16 +20,20 @@ import torch
 
 from sbi_dist.catalog.observations import Catalog
 from sbi_dist.catalog.options import InferOptions
-from sbi_dist.errors import StageError
+from sbi_dist.errors import InputError, StageError
+from sbi_dist.posterior.importance import Weighted, importance_sample
 from sbi_dist.posterior.posterior import Posterior
+from sbi_dist.problem import Problem
 from sbi_dist.progress import Progress
 from sbi_dist.session import connected
 from sbi_dist.store import ObjectStore, open_store
 
-__all__ = ["MANIFEST", "infer", "read_draws"]
+__all__ = ["LEAST_SAMPLE_SIZE", "MANIFEST", "Draws", "infer", "read_draws"]
 
 MANIFEST = "manifest.json"
 _PART_BYTES = 32 * 1024**2
+# Fewer effective draws than this do not describe a posterior.
+LEAST_SAMPLE_SIZE = 100
 
 
 def infer(
@@ -37,22 +42,34 @@ def infer(
     catalog: Catalog,
     options: InferOptions,
     target: ObjectStore,
+    problem: Problem | None = None,
     address: str | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Draw from the posterior of every observation of a catalog; the manifest.
 
     Parts are ``part-000000.parquet`` and so on in catalog order, with columns ``observation_id``,
-    ``status`` and ``draws`` (num_samples, D) float32, which are NaN for an observation without a
-    posterior. A catalog of one part is drawn here, one of several on Ray.
+    ``status``, ``effective_sample_size`` and ``draws`` (num_samples, D) float32, which are NaN for
+    an observation without a posterior. A catalog of one part is drawn here, one of several on Ray.
+
+    With ``options.proposals`` the draws are importance-resampled by the likelihood of ``problem``.
+    Where that leaves too small an effective sample size, the observation's status is ``low_ess``
+    and its draws are the model's own.
     """
-    content = {
+    weighing = options.proposals is not None
+    if weighing and (problem is None or problem.log_likelihood is None):
+        raise InputError(
+            "infer.proposals is set, but the problem has no log_likelihood to weigh draws with; "
+            "leave it out, or give Problem(log_likelihood=...)"
+        )
+    content: dict[str, Any] = {
         "catalog": catalog.name,
         "model": posterior.identity,
         "observations": len(catalog.ids),
         "num_samples": options.num_samples,
         "seed": options.seed,
         "parameter_names": posterior.parameter_names,
+        "proposals": options.proposals,
         "rows_per_part": _rows_per_part(options.num_samples, posterior),
         "statuses": dict(Counter(catalog.status)),
     }
@@ -65,10 +82,12 @@ def infer(
     with Progress(
         "infer", len(catalog.ids), "observations", done, show_progress and len(starts) > 1
     ) as progress:
-        if len(missing) == 1:
-            start = missing[0]
-            data = _encode_part(posterior, _slice(catalog, start, rows), options)
-            target.put_if_absent(_key(start // rows), data)
+        if len(missing) == 1 or weighing:
+            for start in missing:
+                part = _slice(catalog, start, rows)
+                data = _encode_part(posterior, part, options, problem if weighing else None)
+                target.put_if_absent(_key(start // rows), data)
+                progress.update(start + len(part.ids))
         elif missing:
             with connected(address):
                 _on_ray(model, catalog, missing, rows, options, target, progress, done)
@@ -95,25 +114,53 @@ def _slice(catalog: Catalog, start: int, rows: int) -> Catalog:
     )
 
 
-def _encode_part(posterior: Posterior, part: Catalog, options: InferOptions) -> bytes:
-    """The draws of a part's observations as Parquet."""
+def _encode_part(
+    posterior: Posterior, part: Catalog, options: InferOptions, problem: Problem | None = None
+) -> bytes:
+    """The draws of a part's observations as Parquet; weighed by ``problem`` where it is given."""
     size = posterior.estimator.num_parameters
     draws = np.full((len(part.ids), options.num_samples, size), np.nan, dtype=np.float32)
+    sample_sizes = np.full(len(part.ids), np.nan, dtype=np.float32)
+    statuses = list(part.status)
     usable = part.usable
     if len(usable):
         x = torch.from_numpy(part.x[usable])
         theta = posterior.sample_batched((options.num_samples,), x, seed=options.seed)
         draws[usable] = theta.transpose(0, 1).numpy()
+    for row in usable if problem is not None else ():
+        weighted = _weighted(posterior, part.x[row], options, problem)
+        sample_sizes[row] = weighted.effective_sample_size
+        if weighted.effective_sample_size < LEAST_SAMPLE_SIZE:
+            statuses[row] = "low_ess"
+        else:
+            draws[row] = weighted.draws
     table = pa.table(
         {
             "observation_id": pa.array(part.ids, pa.string()),
-            "status": pa.array(part.status, pa.string()),
+            "status": pa.array(statuses, pa.string()),
+            "effective_sample_size": pa.array(sample_sizes, pa.float32()),
             "draws": pa.FixedShapeTensorArray.from_numpy_ndarray(draws),
         }
     ).replace_schema_metadata({"parameter_names": json.dumps(posterior.parameter_names)})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="none")
     return sink.getvalue()
+
+
+def _weighted(
+    posterior: Posterior, x: np.ndarray, options: InferOptions, problem: Problem | None
+) -> Weighted:
+    assert problem is not None and problem.log_likelihood is not None
+    assert options.proposals is not None
+    return importance_sample(
+        posterior,
+        problem.log_likelihood,
+        problem.prior,
+        x,
+        options.num_samples,
+        options.proposals,
+        options.seed,
+    )
 
 
 class PartWriter:
@@ -147,7 +194,8 @@ def _on_ray(
     count = min(len(missing), max(1, math.floor(ray.cluster_resources().get("CPU", 1))))
     actor_class = ray.remote(num_cpus=1)(PartWriter)
     idle = [actor_class.remote(model.uri, target.uri, options) for _ in range(count)]
-    actors, running, queue = list(idle), {}, list(reversed(missing))
+    actors, queue = list(idle), list(reversed(missing))
+    running: dict[Any, tuple[Any, int]] = {}
     deaths = 0
     try:
         while queue or running:
@@ -178,18 +226,30 @@ def _on_ray(
             ray.kill(actor)
 
 
-def read_draws(target: ObjectStore, most: int | None = None) -> tuple[list[str], list[str], Any]:
-    """Ids, statuses and draws (B, num_samples, D) of the first ``most`` observations (all)."""
-    ids: list[str] = []
-    statuses: list[str] = []
-    draws = []
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Draws read back: of B observations, ``draws`` (B, num_samples, D) float32."""
+
+    ids: list[str]
+    statuses: list[str]
+    effective_sample_sizes: np.ndarray
+    draws: np.ndarray
+
+
+def read_draws(target: ObjectStore, most: int | None = None) -> Draws:
+    """The draws of the first ``most`` observations (default: all) of a catalog's folder."""
+    tables: list[pa.Table] = []
+    rows = 0
     for key in target.list("part-"):
         table = pq.read_table(io.BytesIO(target.get(key)))
-        if most is not None:
-            table = table.slice(0, most - len(ids))
-        ids += table["observation_id"].to_pylist()
-        statuses += table["status"].to_pylist()
-        draws.append(table["draws"].combine_chunks().to_numpy_ndarray())
-        if most is not None and len(ids) >= most:
+        tables.append(table if most is None else table.slice(0, most - rows))
+        rows += len(tables[-1])
+        if most is not None and rows >= most:
             break
-    return ids, statuses, np.concatenate(draws)
+    table = pa.concat_tables(tables)
+    return Draws(
+        table["observation_id"].to_pylist(),
+        table["status"].to_pylist(),
+        table["effective_sample_size"].to_numpy(),
+        table["draws"].combine_chunks().to_numpy_ndarray(),
+    )

@@ -77,7 +77,9 @@ def read_catalog(path: str, x_shape: tuple[int, ...]) -> Catalog:
         raise InputError(f"--observations {path}: {error}") from None
     except (pa.ArrowException, ValueError, TypeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"--observations {path}: no valid {file.suffix} file ({reason})") from error
+        raise InputError(
+            f"--observations {path}: no valid {file.suffix} file ({reason})"
+        ) from error
     x = _shaped(values, x_shape, path)
     if ids is None:
         ids = [str(number) for number in range(len(x))]

@@ -26,3 +26,10 @@ class InferOptions(Options):
         ge=0,
         le=10**6,
     )
+    proposals: int | None = option(
+        None,
+        "weigh so many draws by the problem's log_likelihood and resample num_samples of them; "
+        "default: no weights",
+        ge=1000,
+        le=10**8,
+    )

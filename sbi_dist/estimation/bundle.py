@@ -85,8 +85,7 @@ def load_bundle(store: ObjectStore) -> tuple[DensityEstimator, dict[str, Any]]:
         content = json.loads(text)
         if content["format"] != _FORMAT:
             raise InputError(
-                f"{where}/{BUNDLE} has format {content['format']!r}; this version reads "
-                f"{_FORMAT}"
+                f"{where}/{BUNDLE} has format {content['format']!r}; this version reads {_FORMAT}"
             )
         if hashlib.sha256(weights).hexdigest() != content["weights_sha256"]:
             raise InputError(

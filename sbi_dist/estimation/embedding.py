@@ -24,9 +24,9 @@ def build_embedding(options: TrainOptions, x_shape: tuple[int, ...]) -> tuple[nn
     width, features = options.embedding_hidden, options.embedding_features
     size = math.prod(x_shape)
     if kind == "none":
-        return nn.Flatten(), size
+        return _Flat(), size
     if kind == "fully_connected":
-        return nn.Sequential(nn.Flatten(), _mlp([size, width, width, features])), features
+        return nn.Sequential(_Flat(), _mlp([size, width, width, features])), features
     if kind == "permutation_invariant":
         _need(kind, x_shape, len(x_shape) in (1, 2), "(trials,) or (trials, values)")
         return _DeepSet(x_shape[1] if len(x_shape) == 2 else 1, width, features), features
@@ -51,6 +51,13 @@ def _mlp(sizes: list[int]) -> nn.Sequential:
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
+
+
+class _Flat(nn.Module):
+    """x as vectors. Unlike ``nn.Flatten`` also where x is a scalar."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), -1)
 
 
 class _DeepSet(nn.Module):

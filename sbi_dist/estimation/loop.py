@@ -61,7 +61,7 @@ def defaults_for(options: TrainOptions, training: int) -> tuple[int, int]:
     batch = options.batch_size or min(max(200, training // 100), 1000)
     batch = min(batch, training)
     steps = max(1, training // batch)
-    patience = options.patience or int(np.clip(round(300 / steps), 3, 8))
+    patience = options.patience or int(np.clip(round(300 / steps), 3, 5))
     return batch, patience
 
 
@@ -269,9 +269,12 @@ class _Training:
             self.optimizer.state.clear()
         limit = self.options.max_seconds
         # The clocks of the workers differ: all do what the first one finds.
-        late = limit is not None and self.workers.total(
-            float(self.seconds >= limit) if self.workers.rank == 0 else 0.0
-        )[0]
+        late = (
+            limit is not None
+            and self.workers.total(float(self.seconds >= limit) if self.workers.rank == 0 else 0.0)[
+                0
+            ]
+        )
         self.finished = bool(
             self.lowered > self.options.decays
             or history["epoch"][-1] >= self.options.max_epochs

@@ -82,7 +82,10 @@ class TrainOptions(Options):
         outcome=False,
     )
     cpus_per_worker: float | None = option(
-        None, "CPUs of a worker; default: what the cluster has for it", gt=0, outcome=False
+        None,
+        "CPUs of a worker; default: 1, or up to 8 for hidden_features over 256",
+        gt=0,
+        outcome=False,
     )
     gpus_per_worker: float | None = option(
         None, "GPUs of a worker; default: one where the cluster has them", ge=0, outcome=False

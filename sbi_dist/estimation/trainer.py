@@ -55,7 +55,6 @@ def train(
     """
     if model.exists(BUNDLE):
         return json.loads(model.get(BUNDLE))
-    import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -120,8 +119,9 @@ def _resources(options: TrainOptions) -> dict[str, float]:
         gpus = 1.0 if there.get("GPU", 0) >= workers else 0.0
     cpus = options.cpus_per_worker
     if cpus is None:
-        cpus = max(1.0, there.get("CPU", 1.0) // workers) if not gpus else 1.0
-        cpus = min(cpus, 8.0)
+        # The products of small networks are too short to be shared between cores.
+        wide = options.hidden_features > 256 and not gpus
+        cpus = min(8.0, max(1.0, there.get("CPU", 1.0) // workers)) if wide else 1.0
     if options.workers:
         require(cpus, gpus, workers, "train.workers")
     return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}

@@ -253,6 +253,7 @@ problem = Problem(
         LogNormal(-1.0, 1.0),
     ],
     simulator=simulator,
+    log_likelihood=log_likelihood,
     parameter_names=_NAMES,
     parameter_units=(
         "1/yr",

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sbi_dist.catalog.infer import MANIFEST, read_draws
-from sbi_dist.errors import InputError
+from sbi_dist.catalog.infer import LEAST_SAMPLE_SIZE, MANIFEST, read_draws
 from sbi_dist.estimation.trainer import METRICS
 from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.priors import describe, prior_from_data, sample_prior
@@ -46,8 +45,7 @@ def write_report(pipeline: Pipeline) -> tuple[ObjectStore, str]:
         InputError: there are no draws yet.
     """
     model_id, model = pipeline.promoted()
-    draws = _draws_of(pipeline, model_id)
-    content = _content(pipeline, model_id, model, draws)
+    content = _content(pipeline, model_id, model, pipeline.drawn())
     target = pipeline.store.child("report")
     for name, data in render(content, max_observations=_OBSERVATIONS).items():
         target.put(name, data)
@@ -58,24 +56,6 @@ def write_report(pipeline: Pipeline) -> tuple[ObjectStore, str]:
         shown.draws, list(content.parameter_names), content.units, shown.true_parameters
     )
     return target, format_table(rows)
-
-
-def _draws_of(pipeline: Pipeline, model_id: str) -> ObjectStore:
-    """Draws of the model in use: of the catalog that the experiment names, else any."""
-    folders = sorted(
-        {
-            key.split("/")[1]
-            for key in pipeline.store.list("posteriors/")
-            if key.endswith(MANIFEST) and f"-{model_id}" in key
-        },
-        key=lambda name: not name.startswith("observed-"),
-    )
-    if not folders:
-        raise InputError(
-            f"report: {pipeline.store.uri} holds no draws of model {model_id}; run "
-            "`sbi-dist infer` first"
-        )
-    return pipeline.store.child(f"posteriors/{folders[0]}")
 
 
 def _content(
@@ -98,6 +78,7 @@ def _content(
             "prior truncated to the box that holds the posterior of the observed data "
             f"({'; '.join(describe(trained_prior))}). It is valid for these data, not for others."
         )
+    notes += _weighting_notes(draws)
     description = "\n\n".join(part for part in (problem.title, problem.description) if part)
     axis = problem.axis
     return ReportContent(
@@ -167,22 +148,42 @@ def _dataset(pipeline: Pipeline, about: dict[str, Any]) -> tuple[DatasetFacts, l
     return facts, notes
 
 
+def _weighting_notes(target: ObjectStore) -> list[str]:
+    """What importance weights did to the draws, where they were used."""
+    manifest = json.loads(target.get(MANIFEST))
+    if manifest["proposals"] is None:
+        return []
+    read = read_draws(target, 1)
+    size = float(read.effective_sample_sizes[0])
+    if read.statuses[0] == "low_ess":
+        return [
+            f"Importance weights were given up: {manifest['proposals']:,} draws had an effective "
+            f"sample size of {size:,.0f}, less than {LEAST_SAMPLE_SIZE}. The draws are the "
+            "network's own; train it longer or on more simulations."
+        ]
+    return [
+        f"The draws are the network's, weighted by the known likelihood and resampled: "
+        f"{manifest['proposals']:,} draws have an effective sample size of {size:,.0f} "
+        f"({size / manifest['proposals']:.1%})."
+    ]
+
+
 def _observations(pipeline: Pipeline, target: ObjectStore) -> list[ObservationFacts]:
     from sbi_dist.pipeline import PREDICTIVE
 
     problem = pipeline.problem
     manifest = json.loads(target.get(MANIFEST))
-    ids, statuses, draws = read_draws(target, _OBSERVATIONS + 1)
+    of_problem = manifest["catalog"].startswith("observed-")
+    read = read_draws(target, _OBSERVATIONS + 1)
     facts = []
-    for number, (name, status) in enumerate(zip(ids, statuses, strict=True)):
-        of_problem = manifest["catalog"].startswith("observed-")
+    for number, (name, status) in enumerate(zip(read.ids, read.statuses, strict=True)):
         predictive = None
         if of_problem and target.exists(PREDICTIVE):
             predictive = np.load(io.BytesIO(target.get(PREDICTIVE)), allow_pickle=False)
         facts.append(
             ObservationFacts(
                 observation_id=name,
-                draws=draws[number],
+                draws=read.draws[number],
                 status=status,
                 true_parameters=problem.true_parameters if of_problem else None,
                 observed=problem.observed if of_problem else None,

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-import corner  # type: ignore[import-untyped]
+import corner
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -109,7 +109,7 @@ def simulate_theta(
             keep(row, run(form, theta[row], keys[row]))
 
     finite = np.isfinite(x.reshape(count, -1)).all(axis=1)
-    for row in np.flatnonzero(~finite):
+    for row in np.flatnonzero(~finite).tolist():
         if status[row] == "ok":
             status[row], error[row] = "nonfinite", "x is NaN or infinite"
     return Simulations(np.arange(count, dtype=np.int64), theta, x, status, error, duration)

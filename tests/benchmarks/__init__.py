@@ -1,0 +1,1 @@
+"""Benchmarks against named peers: scripts that print tables. Run with ``make benchmark``."""
