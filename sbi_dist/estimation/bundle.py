@@ -102,14 +102,23 @@ def load_bundle(store: ObjectStore) -> tuple[DensityEstimator, dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
             estimator = DensityEstimator(options, standardization, x_shape)
         estimator.flow.load_state_dict(load(weights))
+        estimator.eval()
+        _check_draw(estimator)
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise InputError(
             f"{where} holds no valid model ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''})"
         ) from error
-    estimator.eval()
     return estimator, content
 
 
@@ -127,3 +136,12 @@ def _check_sizes(
     )
     if size < 1 or at_least * 4 > 2 * weights + 4096:
         raise ValueError("the architecture does not fit the weights")
+
+
+@torch.no_grad()
+def _check_draw(estimator: DensityEstimator) -> None:
+    """Draw once: shapes and numbers of ``bundle.json`` that do not fit show here."""
+    context = estimator.embed(torch.zeros(1, *estimator.x_shape))
+    theta = estimator.push(torch.zeros(1, estimator.num_parameters), context)
+    if theta.shape != (1, estimator.num_parameters) or not bool(torch.isfinite(theta).all()):
+        raise ValueError("its numbers give no draws")

@@ -142,7 +142,7 @@ def _spline_coupling(
 
 
 def _autoregressive(options: TrainOptions, features: int, context: int) -> nn.Module:
-    return transforms.MaskedAffineAutoregressiveTransform(
+    layer = transforms.MaskedAffineAutoregressiveTransform(
         features,
         hidden_features=options.hidden_features,
         context_features=context,
@@ -151,3 +151,9 @@ def _autoregressive(options: TrainOptions, features: int, context: int) -> nn.Mo
         activation=torch.tanh,
         dropout_probability=options.dropout,
     )
+    # Start as the identity: scales of one (nflows' own start is 0.7) and no shifts.
+    final = layer.autoregressive_net.final_layer
+    nn.init.zeros_(final.weight)
+    nn.init.zeros_(final.bias)
+    final.bias.data.view(-1, 2)[:, 0].fill_(math.log(math.expm1(1 - 1e-3)))
+    return layer

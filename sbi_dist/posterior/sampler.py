@@ -40,8 +40,8 @@ def draw(
     keys = stream_keys(x.numpy(), identity, seed)
     size = estimator.num_parameters
     theta = torch.empty((len(x), count, size), dtype=torch.float32)
-    per_observation = min(count, _ROWS)
-    observations = max(1, _ROWS // max(per_observation, 1))
+    per_observation = max(1, min(count, _ROWS))
+    observations = _ROWS // per_observation
     for start in range(0, len(x), observations):
         rows = slice(start, start + observations)
         for offset in range(0, count, per_observation):

@@ -1,0 +1,61 @@
+"""The README's own example, run as it is written there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sbi_dist.experiment import shipped
+from tests.ray.conftest import ROOT
+from tests.ray.test_pipeline import said
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+README = (ROOT / "README.md").read_text()
+
+
+def _block(name: str) -> str:
+    """The fenced block whose first line is the comment ``# name``."""
+    found = re.search(rf"```\w+\n(# {re.escape(name)}\n.*?)```", README, re.DOTALL)
+    assert found, f"README has no block {name}"
+    return found.group(1)
+
+
+def test_own_simulator(sbi_dist: Run, tmp_path: Path) -> None:
+    for name in ("decay.py", "decay.yaml"):
+        (tmp_path / name).write_text(_block(name))
+    commands = re.findall(r"^sbi-dist (.*decay\.yaml.*)$", README, re.MULTILINE)
+    assert len(commands) == 2
+    np.savetxt(
+        tmp_path / "catalog.csv",
+        np.random.default_rng(0).uniform(0, 2, (5, 20)),
+        delimiter=",",
+        header=",".join(f"x{i}" for i in range(20)),
+        comments="",
+    )
+    for command in commands:
+        said(sbi_dist(*shlex.split(command)), 0)
+    table = pq.read_table(
+        next(tmp_path.glob("runs/decay/posteriors/observed-*/part-000000.parquet"))
+    )
+    draws = table["draws"].combine_chunks().to_numpy_ndarray()[0]
+    # The data were made with rate 0.7 and amplitude 2.
+    assert (np.abs(draws.mean(0) - [0.7, 2.0]) < 3 * draws.std(0)).all()
+    assert (draws.std(0) < [0.2, 0.2]).all()
+    catalog = pq.read_table(tmp_path / "draws" / "part-000000.parquet")
+    assert catalog["draws"].combine_chunks().to_numpy_ndarray().shape == (5, 1000, 2)
+
+
+def test_experiments_and_files_that_the_readme_names_exist() -> None:
+    assert set(shipped()) == {"gaussian", "lynx_hare"}
+    for name in re.findall(r"\]\((docs/[^)]+)\)", README):
+        assert (ROOT / name).is_file()
+    for stage in ("run", "simulate", "train", "infer", "report", "status"):
+        assert f"`sbi-dist {stage} EXPERIMENT`" in README
+        assert (ROOT / "jobs" / f"{stage}.py").is_file()

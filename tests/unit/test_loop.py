@@ -1,0 +1,281 @@
+"""One worker's training: what it finds, that it can be resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sbi_dist.errors import InputError, StageError
+from sbi_dist.estimation.density_estimator import DensityEstimator
+from sbi_dist.estimation.flow import ConditionalFlow
+from sbi_dist.estimation.loop import Checkpoints, Workers, defaults_for, fit, split
+from sbi_dist.estimation.options import TrainOptions
+
+NOISE = 0.5
+VARIANCE = NOISE**2 / (1 + NOISE**2)  # of the posterior, whose mean is x (1 - VARIANCE)
+
+
+def simulate(count: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """theta ~ N(0, 1) in each component, x = theta + NOISE * noise."""
+    rng = np.random.default_rng(seed)
+    theta = rng.standard_normal((count, size), dtype=np.float32)
+    return theta, theta + np.float32(NOISE) * rng.standard_normal((count, size), dtype=np.float32)
+
+
+def real_line(size: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.full(size, -math.inf), np.full(size, math.inf)
+
+
+def options(**changes: Any) -> TrainOptions:
+    small = {"transforms": 2, "hidden_features": 16, "blocks": 1, "bins": 6, "max_epochs": 4}
+    return TrainOptions(**{**small, **changes})
+
+
+@torch.no_grad()
+def draws(estimator: DensityEstimator, x: list[float], count: int) -> np.ndarray:
+    noise = torch.randn(
+        (count, estimator.num_parameters), generator=torch.Generator().manual_seed(1)
+    )
+    context = estimator.embed(torch.tensor([x])).expand(count, -1)
+    return estimator.push(noise, context).numpy()
+
+
+# ---- what it finds ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("estimator", "size"), [("nsf", 1), ("nsf", 2), ("maf", 2)])
+def test_posterior_of_a_linear_gaussian_problem(estimator, size) -> None:
+    count = 2000
+    theta, x = simulate(count, size)
+    fitted, history = fit(theta, x, real_line(size), options(estimator=estimator, max_epochs=8))
+    sd = math.sqrt(VARIANCE)
+    for place in ([0.0] * size, [1.5, -1.0][:size]):
+        sample = draws(fitted, place, 4000)
+        # A regression on 1,800 simulations places the mean at such x to sd sqrt((1 + 2) / 1800) =
+        # 0.04 sd and the sd to 1 / sqrt(3600) = 0.017 sd; 4,000 draws add 0.016 and 0.011. Four
+        # standard errors are 0.17 and 0.08; the networks, which start there, may add a little.
+        mean = np.array(place) * (1 - VARIANCE)
+        assert np.abs(sample.mean(0) - mean).max() < 0.2 * sd
+        assert np.abs(sample.std(0) / sd - 1).max() < 0.1
+        if size == 2:
+            assert abs(np.corrcoef(sample.T)[0, 1]) < 0.15
+    # The least possible loss is the posterior's entropy; its mean over the 200 held out
+    # simulations has an sd of sqrt(size / 2 / 200), and the fit adds a few hundredths.
+    entropy = 0.5 * size * math.log(2 * math.pi * math.e * VARIANCE)
+    loss = history["best_validation_loss"]
+    assert abs(loss - entropy) < 4 * math.sqrt(size / 400) + 0.05
+    assert loss == min(history["validation_loss"])
+    assert history["validation_loss"][history["best_epoch"]] == loss
+    assert history["epoch"] == list(range(9)) and history["training_simulations"] == 1800
+
+
+def test_the_best_weights_are_returned() -> None:
+    theta, x = simulate(300, 1)
+    fitted, history = fit(theta, x, real_line(1), options(learning_rate=0.3, patience=50))
+    _, held_out = split(300, 0.1, 0)
+    log_q = fitted.log_prob(torch.from_numpy(theta[held_out]), torch.from_numpy(x[held_out]))
+    # float32 sums of a few numbers
+    assert -float(log_q.detach().mean()) == pytest.approx(history["best_validation_loss"], abs=1e-5)
+    assert history["best_validation_loss"] < history["validation_loss"][-1]
+
+
+def test_draws_stay_in_a_box() -> None:
+    theta, x = simulate(400, 2)
+    inside = (np.abs(theta) < 1).all(axis=1)
+    bounds = np.full(2, -1.0), np.full(2, 1.0)
+    fitted, _ = fit(theta[inside], x[inside], bounds, options(max_epochs=2))
+    for place in ([0.0, 0.0], [1.0, -3.0], [1e6, -1e6]):
+        assert np.abs(draws(fitted, place, 500)).max() <= 1.0
+
+
+@pytest.mark.parametrize("column", [0.0, 5.0, 1e-20, 1e20])
+def test_a_constant_column_of_x_does_no_harm(column) -> None:
+    theta, x = simulate(400, 1)
+    wide = np.concatenate([x, np.full_like(x, column), x], axis=1)
+    fitted, history = fit(theta, wide, real_line(1), options(max_epochs=2))
+    assert np.isfinite(history["validation_loss"]).all()
+    sample = draws(fitted, [1.0, column, 1.0], 500)
+    assert abs(sample.mean() - (1 - VARIANCE)) < 0.5 * math.sqrt(VARIANCE)
+
+
+@pytest.mark.parametrize("x_shape", [(), (1,), (4, 1), (2, 2)], ids=str)
+def test_shapes_of_x(x_shape) -> None:
+    theta, _ = simulate(60, 2)
+    x = np.random.default_rng(0).standard_normal((60, *x_shape), dtype=np.float32)
+    fitted, _ = fit(theta, x, real_line(2), options(max_epochs=1))
+    assert fitted.x_shape == x_shape
+    assert fitted.log_prob(torch.zeros(5, 2), torch.zeros(5, *x_shape)).shape == (5,)
+
+
+# ---- reproducible and resumable -----------------------------------------------------------------
+
+
+def same(first: tuple[DensityEstimator, dict], second: tuple[DensityEstimator, dict]) -> bool:
+    """All weights bit for bit, and all of the history but its timing."""
+    weights = [result[0].flow.state_dict() for result in (first, second)]
+    histories = [{**result[1], "seconds": 0} for result in (first, second)]
+    return histories[0] == histories[1] and all(
+        torch.equal(weights[0][name], weights[1][name]) for name in weights[0]
+    )
+
+
+class Kept:
+    """Checkpoints by epoch."""
+
+    def __init__(self, *candidates: bytes) -> None:
+        self.saved: dict[int, bytes] = {}
+        self.candidates = list(candidates)
+
+    def __call__(self) -> Checkpoints:
+        return Checkpoints(self.saved.__setitem__, lambda: self.candidates, 0.0)
+
+
+# Dropout draws random numbers in training; the plateau's counters are part of the state.
+RESUMABLE = options(dropout=0.1, max_epochs=9, patience=1, decays=20, learning_rate=0.02, seed=3)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> tuple[tuple[DensityEstimator, dict], dict[int, bytes]]:
+    kept = Kept()
+    result = fit(*simulate(200, 2), real_line(2), RESUMABLE, Workers(), kept())
+    assert len(set(result[1]["learning_rate"])) > 2  # was lowered on the way
+    return result, kept.saved
+
+
+def resumed(*candidates: bytes) -> tuple[tuple[DensityEstimator, dict], dict[int, bytes]]:
+    torch.manual_seed(99)  # as in another process
+    kept = Kept(*candidates)
+    return fit(*simulate(200, 2), real_line(2), RESUMABLE, Workers(), kept()), kept.saved
+
+
+def test_every_epoch_but_the_last_leaves_a_checkpoint(uninterrupted) -> None:
+    result, saved = uninterrupted
+    assert sorted(saved) == list(range(1, result[1]["epoch"][-1]))
+
+
+@pytest.mark.parametrize("epoch", [1, 4, 7])
+def test_resuming_is_not_seen_in_the_result(uninterrupted, epoch) -> None:
+    result, saved = uninterrupted
+    again, rest = resumed(saved[epoch])
+    assert same(again, result)
+    assert min(rest) == epoch + 1  # it did not begin again
+
+
+def test_a_run_without_checkpoints_is_the_same(uninterrupted) -> None:
+    reports: list[int] = []
+    result = fit(
+        *simulate(200, 2),
+        real_line(2),
+        RESUMABLE,
+        report=lambda history: reports.append(history["epoch"][-1]),
+    )
+    assert same(result, uninterrupted[0])
+    assert reports == result[1]["epoch"][1:]
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "empty", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(uninterrupted, damage) -> None:
+    result, saved = uninterrupted
+    newest = saved[6]
+    flipped = bytearray(newest)
+    flipped[len(flipped) // 2] ^= 0xFF
+    bad = {
+        "cut": newest[: len(newest) // 2],
+        "foreign": b"not a checkpoint",
+        "empty": b"",
+        "flipped": bytes(flipped),
+    }[damage]
+    again, rest = resumed(bad, saved[5])
+    assert same(again, result) and min(rest) == 6
+    if damage == "foreign":
+        again, rest = resumed(bad)
+        assert same(again, result) and min(rest) == 1
+
+
+def test_seeds() -> None:
+    def run(seed: int) -> tuple[DensityEstimator, dict]:
+        return fit(*simulate(60, 1), real_line(1), options(max_epochs=1, seed=seed))
+
+    assert same(run(1), run(1))
+    assert not same(run(1), run(2))
+
+
+# ---- stopping -----------------------------------------------------------------------------------
+
+
+def test_stops_after_its_plateaus_or_in_time() -> None:
+    theta, x = simulate(60, 1)
+    _, history = fit(
+        theta, x, real_line(1), options(max_epochs=500, patience=1, decays=1, learning_rate=1e-9)
+    )
+    assert history["epoch"][-1] < 100
+    assert len(set(history["learning_rate"][1:])) == 2
+    assert history["learning_rate"][-1] == pytest.approx(0.3e-9)
+    _, history = fit(theta, x, real_line(1), options(max_epochs=500, max_seconds=1e-9))
+    assert history["epoch"][-1] == 1
+
+
+def test_cosine_schedule_ends_near_zero() -> None:
+    theta, x = simulate(60, 1)
+    _, history = fit(
+        theta, x, real_line(1), options(max_epochs=10, schedule="cosine", batch_size=6, patience=1)
+    )
+    rates = history["learning_rate"][1:]
+    assert len(rates) == 10 and (np.diff(rates) < 0).all()
+    assert rates[-1] < 1e-3 * TrainOptions().learning_rate < rates[0]
+
+
+# ---- what it refuses ----------------------------------------------------------------------------
+
+
+def test_too_few_simulations() -> None:
+    theta, x = simulate(20, 1)
+    fit(theta, x, real_line(1), options(max_epochs=1))
+    with pytest.raises(InputError, match="19 usable simulations are too few; at least 20"):
+        fit(theta[1:], x[1:], real_line(1), options())
+    with pytest.raises(InputError, match="too few"):
+        fit(theta[:0], x[:0], real_line(1), options())
+    with pytest.raises(InputError, match="too few"):
+        fit(theta, x, real_line(1), options(validation_fraction=0.9))
+
+
+def test_more_workers_than_rows_of_a_batch() -> None:
+    with pytest.raises(InputError, match=r"train\.workers is 5, more than the batch size 4"):
+        fit(*simulate(40, 1), real_line(1), options(batch_size=4), Workers(count=5))
+
+
+def test_a_loss_that_is_no_number(monkeypatch) -> None:
+    forward = ConditionalFlow.forward
+    monkeypatch.setattr(
+        ConditionalFlow, "forward", lambda self, u, x: forward(self, u, x) * math.nan
+    )
+    with pytest.raises(StageError, match=r"the loss became nan in epoch 1 .* lower train\.learn"):
+        fit(*simulate(60, 1), real_line(1), options())
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+
+@given(st.integers(20, 5000), st.floats(0.01, 0.5), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=30)
+def test_split(count, fraction, seed) -> None:
+    training, held_out = split(count, fraction, seed)
+    assert sorted([*training, *held_out]) == list(range(count))
+    assert len(held_out) == max(1, round(count * fraction))
+    again = split(count, fraction, seed)
+    np.testing.assert_array_equal(training, again[0])
+
+
+@given(st.integers(10, 10**6))
+@settings(deadline=None, max_examples=30)
+def test_defaults(training) -> None:
+    batch, patience = defaults_for(TrainOptions(), training)
+    assert 1 <= batch <= min(training, 1000) and 3 <= patience <= 8
+    assert training // batch >= 1  # at least one step in an epoch
+    assert defaults_for(TrainOptions(batch_size=7, patience=2), training) == (7, 2)
