@@ -52,23 +52,22 @@ class BoxUniform(Independent):
         high: Tensor | Sequence[float],
         reinterpreted_batch_ndims: int = 1,
     ) -> None:
-        low = torch.atleast_1d(torch.as_tensor(low, dtype=torch.get_default_dtype()))
-        high = torch.atleast_1d(torch.as_tensor(high, dtype=torch.get_default_dtype()))
-        if low.shape != high.shape:
+        lower = torch.atleast_1d(torch.as_tensor(low, dtype=torch.get_default_dtype()))
+        upper = torch.atleast_1d(torch.as_tensor(high, dtype=torch.get_default_dtype()))
+        if lower.shape != upper.shape:
             raise InputError(
-                f"prior: BoxUniform low has shape {tuple(low.shape)} and high "
-                f"{tuple(high.shape)}; they must be equal"
+                f"prior: BoxUniform low has shape {tuple(lower.shape)} and high "
+                f"{tuple(upper.shape)}; they must be equal"
             )
-        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        if not bool(torch.isfinite(lower).all() and torch.isfinite(upper).all()):
             raise InputError("prior: BoxUniform low and high must be finite numbers")
-        if not bool((low < high).all()):
+        if not bool((lower < upper).all()):
             raise InputError(
-                f"prior: BoxUniform low {low.tolist()} must be below high {high.tolist()} "
+                f"prior: BoxUniform low {lower.tolist()} must be below high {upper.tolist()} "
                 "in every component"
             )
-        super().__init__(
-            Uniform(low, high, validate_args=False), reinterpreted_batch_ndims, validate_args=False
-        )
+        box = Uniform(lower, upper, validate_args=False)
+        super().__init__(box, reinterpreted_batch_ndims, validate_args=False)
 
 
 class Truncated(Distribution):
@@ -120,7 +119,7 @@ class Truncated(Distribution):
                 "function of it or no inverse of that"
             ) from error
         self._start, self._span = start, end - start
-        smallest = 1e-300 if type(base) in _ACCURATE else 1e-12
+        smallest = 1e-300 if isinstance(base, _ACCURATE) else 1e-12
         if not abs(self._span) >= smallest:
             raise InputError(
                 f"prior: {type(base).__name__} has a mass of {abs(self._span):.1g} between "
@@ -130,7 +129,7 @@ class Truncated(Distribution):
 
     def _level(self, value: Tensor) -> Tensor:
         """The base's F(value); of a normal cut above its median 1 - F, which keeps its digits."""
-        if type(self.base) not in _ACCURATE:
+        if not isinstance(self.base, _ACCURATE):
             return self.base.cdf(value)
         line = value.log() if isinstance(self.base, LogNormal) else value
         score = (line - self.base.loc.double()) / self.base.scale.double()
@@ -138,7 +137,7 @@ class Truncated(Distribution):
         return 0.5 * torch.erfc((score if self._upper else -score) / math.sqrt(2))
 
     def _at_level(self, level: Tensor) -> Tensor:
-        if type(self.base) not in _ACCURATE:
+        if not isinstance(self.base, _ACCURATE):
             return self.base.icdf(level)
         score = -ndtri(level) if self._upper else ndtri(level)
         line = self.base.loc.double() + self.base.scale.double() * score

@@ -18,6 +18,8 @@ from sbi_dist.errors import InputError
 
 __all__ = ["Catalog", "read_catalog"]
 
+_ID = "observation_id"
+
 
 @dataclasses.dataclass(frozen=True)
 class Catalog:
@@ -53,7 +55,8 @@ def read_catalog(path: str, x_shape: tuple[int, ...]) -> Catalog:
     - npy: an array of shape (B, *x_shape), (B, flat size), or one observation.
     - csv: a header; one row an observation, one numeric column for each number of x in order; a
       column ``observation_id`` is taken as identifier.
-    - parquet: a column ``x`` of lists or fixed-shape tensors, or numeric columns as in csv.
+    - parquet: a column ``x`` of (nested) lists or fixed-shape tensors, or numeric columns as in
+      csv; ``observation_id`` as there.
 
     Raises:
         InputError: no such file, another format, the wrong shape, or no usable observation.
@@ -75,16 +78,16 @@ def read_catalog(path: str, x_shape: tuple[int, ...]) -> Catalog:
         ids, values = readers[file.suffix.lower()](data)
     except InputError as error:
         raise InputError(f"--observations {path}: {error}") from None
-    except (pa.ArrowException, ValueError, TypeError, EOFError, OSError) as error:
+    except (pa.ArrowException, LookupError, ValueError, TypeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"--observations {path}: no valid {file.suffix} file ({reason})"
         ) from error
-    x = _shaped(values, x_shape, path)
+    x = _shaped(values, x_shape, path, may_be_one=file.suffix.lower() == ".npy")
     if ids is None:
         ids = [str(number) for number in range(len(x))]
     if len(set(ids)) != len(ids):
-        raise InputError(f"--observations {path}: observation_id has the same value twice")
+        raise InputError(f"--observations {path}: {_ID} has the same value twice")
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", file.stem)[:60] or "catalog"
     name = f"{stem}-{hashlib.sha256(data).hexdigest()[:8]}"
     catalog = make_catalog(name, ids, x)
@@ -96,29 +99,35 @@ def read_catalog(path: str, x_shape: tuple[int, ...]) -> Catalog:
     return catalog
 
 
-def _shaped(values: np.ndarray, x_shape: tuple[int, ...], path: str) -> np.ndarray:
-    size = math.prod(x_shape)
-    if values.shape == x_shape or (values.ndim == 1 and values.size == size and size != 1):
-        values = values.reshape(1, *x_shape)
-    elif values.shape[1:] != x_shape and math.prod(values.shape[1:]) != size:
-        raise InputError(
-            f"--observations {path}: an observation there has shape {values.shape[1:]}, the model "
-            f"takes {x_shape} ({size} numbers)"
-        )
+def _shaped(
+    values: np.ndarray, x_shape: tuple[int, ...], path: str, may_be_one: bool
+) -> np.ndarray:
+    """Observations (B, *x_shape) of values of that shape or flat, or of one where that may be."""
     if not len(values):
         raise InputError(f"--observations {path}: the file holds no observation")
-    return np.ascontiguousarray(values.reshape(len(values), *x_shape), dtype=np.float32)
+    size, each = math.prod(x_shape), values.shape[1:]
+    if may_be_one and values.shape in {x_shape, (size,)} and size != 1:
+        values = values[None]
+    elif each not in {x_shape, (size,)} and not (size == 1 and each == ()):
+        raise InputError(
+            f"--observations {path}: an observation there has shape {each}, the model takes "
+            f"{x_shape} ({size} numbers)"
+        )
+    with np.errstate(over="ignore"):  # what float32 can't hold is infinite, and so not usable
+        return np.ascontiguousarray(values.reshape(len(values), *x_shape), dtype=np.float32)
 
 
 def _from_npy(data: bytes) -> tuple[list[str] | None, np.ndarray]:
-    array = np.load(io.BytesIO(data), allow_pickle=False)
+    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     if array.dtype.kind not in "fiu":
         raise InputError(f"dtype {array.dtype} is not numeric")
     return None, array if array.ndim else array.reshape(1, 1)
 
 
 def _from_csv(data: bytes) -> tuple[list[str] | None, np.ndarray]:
-    return _from_columns(pa.csv.read_csv(io.BytesIO(data)))
+    # An identifier is text, also where it looks like a number: 007 is not 7.
+    options = pa.csv.ConvertOptions(column_types={_ID: pa.string()})
+    return _from_columns(pa.csv.read_csv(io.BytesIO(data), convert_options=options))
 
 
 def _from_parquet(data: bytes) -> tuple[list[str] | None, np.ndarray]:
@@ -130,7 +139,7 @@ def _from_parquet(data: bytes) -> tuple[list[str] | None, np.ndarray]:
         if column.null_count:
             raise InputError("column x has nulls; give NaN in a missing observation")
         return _ids(table), column.to_numpy_ndarray()
-    if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+    if isinstance(column, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
         return _ids(table), _from_lists(column)
     return _ids(table), _numbers(column, "x")[:, None]
 
@@ -141,16 +150,21 @@ def _from_lists(column: pa.Array) -> np.ndarray:
     lengths = {len(row) for row in rows if row is not None}
     if len(lengths) > 1:
         raise InputError(f"the rows of column x have different lengths ({sorted(lengths)[:5]})")
-    length = lengths.pop() if lengths else 0
-    filled = [[np.nan] * length if row is None else row for row in rows]
-    return np.array(filled, dtype=np.float64).reshape(len(rows), length)
+    if rows and not lengths:
+        raise InputError("column x holds nothing but nulls")
+    shape = np.shape(next((row for row in rows if row is not None), ()))
+    filled = [np.full(shape, np.nan) if row is None else row for row in rows]
+    return np.array(filled, dtype=np.float64)
 
 
 def _from_columns(table: pa.Table) -> tuple[list[str] | None, np.ndarray]:
-    names = [name for name in table.column_names if name != "observation_id"]
-    if not names:
+    columns = [
+        _numbers(column.combine_chunks(), name)
+        for name, column in zip(table.column_names, table.columns, strict=True)
+        if name != _ID
+    ]
+    if not columns:
         raise InputError("there is no column with numbers")
-    columns = [_numbers(table[name].combine_chunks(), name) for name in names]
     return _ids(table), np.stack(columns, axis=1)
 
 
@@ -162,6 +176,9 @@ def _numbers(column: pa.Array, name: str) -> np.ndarray:
 
 
 def _ids(table: pa.Table) -> list[str] | None:
-    if "observation_id" not in table.column_names:
+    if _ID not in table.column_names:
         return None
-    return [str(value) for value in table["observation_id"].to_pylist()]
+    ids = table[_ID].to_pylist()
+    if None in ids:
+        raise InputError(f"{_ID} is null in row {ids.index(None)}")
+    return [str(value) for value in ids]

@@ -158,7 +158,7 @@ class Posterior:
         if seed is None:
             seed = int(torch.randint(2**62, (1,)))
         theta = draw(self.estimator, x, shape.numel(), self.identity, seed)
-        return theta.transpose(0, 1).reshape(*shape, len(x), -1)
+        return theta.transpose(0, 1).reshape(*shape, len(x), self.estimator.num_parameters)
 
     # ---- densities ----
 

@@ -96,8 +96,10 @@ with torch.no_grad():
         test_loss = -float(density_estimator.log_prob(test_theta[None], test_x).mean())
     else:
         test_loss = -float(density_estimator.log_prob(test_theta, test_x).mean())
+# sbi leaves its last line open.
 print(
-    json.dumps(
+    "\n"
+    + json.dumps(
         {
             "library": LIBRARY,
             "import_s": imported - started,
