@@ -90,7 +90,15 @@ def cli() -> None:
 @_common
 def run(**arguments: Any) -> None:
     """All stages: simulate, train, infer, report."""
-    draws, page, table = _pipeline(**arguments).run()
+    pipeline = _pipeline(**arguments)
+    results = pipeline.run()
+    if results is None:
+        click.echo(
+            f"model: {pipeline.promoted()[1].uri}\nThe problem has no observed data; draw from its "
+            "posteriors with `sbi-dist infer ... --observations FILE`."
+        )
+        return
+    draws, page, table = results
     click.echo(f"\n{table}\n")
     click.echo(f"report:          {page.uri}/index.html")
     click.echo(f"posterior draws: {draws.uri}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sbi_dist.catalog.infer import MANIFEST, read_draws
+from sbi_dist.catalog.infer import MANIFEST, PREDICTIVE, read_draws
 from sbi_dist.catalog.infer import infer as infer_catalog
 from sbi_dist.catalog.observations import Catalog, make_catalog, read_catalog
 from sbi_dist.errors import InputError
@@ -36,7 +36,6 @@ from sbi_dist.store import ObjectStore, open_store
 
 __all__ = ["Pipeline"]
 
-PREDICTIVE = "predictive.npy"
 # A box that leaves out this much of the posterior on each side of each parameter, and a margin
 # for an estimator that is not exact yet.
 _TRUNCATED_TAIL = 3e-4
@@ -293,19 +292,28 @@ class Pipeline:
 
     def report(self) -> tuple[ObjectStore, str]:
         """Write the report page; its folder, and the table of the posterior as text."""
-        from sbi_dist.report.gather import write_report
+        # Imported here: the other stages draw nothing.
+        from sbi_dist.report.gather import Finished, write_report
 
-        return write_report(self)
+        model_id, model = self.promoted()
+        finished = Finished(
+            self.experiment, self.problem, self.store, model_id, model, self.drawn()
+        )
+        return write_report(finished)
 
-    def run(self) -> tuple[ObjectStore, ObjectStore, str]:
-        """All stages; folders of the draws and of the report, and the posterior's table."""
+    def run(self) -> tuple[ObjectStore, ObjectStore, str] | None:
+        """All stages; folders of the draws and of the report, and the posterior's table.
+
+        None where there are no observations to infer from: the model is trained all the same.
+        """
         with connected(self.address):
             for _ in range(self.experiment.simulate.rounds):
-                done = self._current()
-                self.simulate()
+                done = self.simulate()
                 self.train()
                 if done.number == self.experiment.simulate.rounds:
                     break
+            if self.problem.observed is None and self.experiment.infer.observations is None:
+                return None
             draws, _ = self.infer()
             page, table = self.report()
         return draws, page, table

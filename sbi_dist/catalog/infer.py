@@ -28,9 +28,10 @@ from sbi_dist.progress import Progress
 from sbi_dist.session import connected
 from sbi_dist.store import ObjectStore, open_store
 
-__all__ = ["LEAST_SAMPLE_SIZE", "MANIFEST", "Draws", "infer", "read_draws"]
+__all__ = ["LEAST_SAMPLE_SIZE", "MANIFEST", "PREDICTIVE", "Draws", "infer", "read_draws"]
 
 MANIFEST = "manifest.json"
+PREDICTIVE = "predictive.npy"  # simulations from the draws of the problem's own observation
 _PART_BYTES = 32 * 1024**2
 # Fewer effective draws than this do not describe a posterior.
 LEAST_SAMPLE_SIZE = 100

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import io
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from sbi_dist.catalog.infer import LEAST_SAMPLE_SIZE, MANIFEST, read_draws
+from sbi_dist.catalog.infer import LEAST_SAMPLE_SIZE, MANIFEST, PREDICTIVE, read_draws
 from sbi_dist.estimation.trainer import METRICS
+from sbi_dist.experiment import Experiment
 from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.priors import describe, prior_from_data, sample_prior
+from sbi_dist.problem import Problem
 from sbi_dist.report.content import (
     DatasetFacts,
     FailureFacts,
@@ -28,28 +31,32 @@ from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.simulation.driver import failures, frequent_failures
 from sbi_dist.store import ObjectStore
 
-if TYPE_CHECKING:
-    from sbi_dist.pipeline import Pipeline
-
-__all__ = ["write_report"]
+__all__ = ["Finished", "write_report"]
 
 _ESTIMATORS = {"nsf": "neural spline flow", "maf": "masked autoregressive flow"}
 _OBSERVATIONS = 6
 _PRIOR_DRAWS = 20_000
 
 
-def write_report(pipeline: Pipeline) -> tuple[ObjectStore, str]:
-    """Write ``report/`` of an experiment; its folder and the first posterior's table as text.
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What a report is about: an experiment, its model in use, and draws of that."""
 
-    Raises:
-        InputError: there are no draws yet.
-    """
-    model_id, model = pipeline.promoted()
-    content = _content(pipeline, model_id, model, pipeline.drawn())
-    target = pipeline.store.child("report")
+    experiment: Experiment
+    problem: Problem
+    store: ObjectStore
+    model_id: str
+    model: ObjectStore
+    draws: ObjectStore
+
+
+def write_report(finished: Finished) -> tuple[ObjectStore, str]:
+    """Write ``report/`` of an experiment; its folder and the first posterior's table as text."""
+    content = _content(finished)
+    target = finished.store.child("report")
     for name, data in render(content, max_observations=_OBSERVATIONS).items():
         target.put(name, data)
-    shown = next((each for each in content.observations if each.status == "ok"), None)
+    shown = next((each for each in content.observations if each.status != "nonfinite"), None)
     if shown is None:
         return target, "no observation has a posterior"
     rows = posterior_table(
@@ -58,19 +65,17 @@ def write_report(pipeline: Pipeline) -> tuple[ObjectStore, str]:
     return target, format_table(rows)
 
 
-def _content(
-    pipeline: Pipeline, model_id: str, model: ObjectStore, draws: ObjectStore
-) -> ReportContent:
-    problem, experiment = pipeline.problem, pipeline.experiment
-    about = Posterior.from_store(model).about
-    history = json.loads(model.get(METRICS))
+def _content(finished: Finished) -> ReportContent:
+    problem, experiment = finished.problem, finished.experiment
+    about = Posterior.from_store(finished.model).about
+    history = json.loads(finished.model.get(METRICS))
     history["training_loss"] = [
         float("nan") if loss is None else loss for loss in history["training_loss"]
     ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         prior_draws = sample_prior(problem.prior, _PRIOR_DRAWS)
-    dataset, notes = _dataset(pipeline, about)
+    dataset, notes = _dataset(finished.store, about)
     trained_prior = prior_from_data(about["prior"])
     if about["dataset"]["round"] > 1 and trained_prior is not None:
         notes.append(
@@ -78,7 +83,7 @@ def _content(
             "prior truncated to the box that holds the posterior of the observed data "
             f"({'; '.join(describe(trained_prior))}). It is valid for these data, not for others."
         )
-    notes += _weighting_notes(draws)
+    notes += _weighting_notes(finished.draws)
     description = "\n\n".join(part for part in (problem.title, problem.description) if part)
     axis = problem.axis
     return ReportContent(
@@ -91,14 +96,14 @@ def _content(
         prior_description=describe(problem.prior),
         dataset=dataset,
         model=ModelFacts(
-            model_id=model_id,
+            model_id=finished.model_id,
             estimator=_ESTIMATORS[about["estimator"]["estimator"]],
             weights=about["num_weights"],
             training_seconds=history["seconds"],
             history=history,
             validation_loss=history["best_validation_loss"],
         ),
-        observations=_observations(pipeline, draws),
+        observations=_observations(problem, finished.draws),
         axes=PredictiveAxes()
         if axis is None
         else PredictiveAxes(
@@ -115,10 +120,10 @@ def _content(
     )
 
 
-def _dataset(pipeline: Pipeline, about: dict[str, Any]) -> tuple[DatasetFacts, list[str]]:
+def _dataset(store: ObjectStore, about: dict[str, Any]) -> tuple[DatasetFacts, list[str]]:
     """The simulations that the model was trained on."""
     dataset_id = about["dataset"]["id"]
-    dataset = Dataset(pipeline.store.child(f"simulations/{dataset_id}"))
+    dataset = Dataset(store.child(f"simulations/{dataset_id}"))
     used = {index for index, _ in about["dataset"]["shards"]}
     records = [record for index, record in sorted(dataset.stored().items()) if index in used]
     counts: dict[str, int] = {}
@@ -168,10 +173,7 @@ def _weighting_notes(target: ObjectStore) -> list[str]:
     ]
 
 
-def _observations(pipeline: Pipeline, target: ObjectStore) -> list[ObservationFacts]:
-    from sbi_dist.pipeline import PREDICTIVE
-
-    problem = pipeline.problem
+def _observations(problem: Problem, target: ObjectStore) -> list[ObservationFacts]:
     manifest = json.loads(target.get(MANIFEST))
     of_problem = manifest["catalog"].startswith("observed-")
     read = read_draws(target, _OBSERVATIONS + 1)

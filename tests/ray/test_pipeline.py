@@ -115,6 +115,18 @@ def test_infer_reads_files_and_gives_bad_rows_a_status(
     assert np.array_equal(npy, csv, equal_nan=True)
 
 
+def test_run_without_observed_data_ends_with_a_model(sbi_dist: Run, tmp_path: Path) -> None:
+    source = FAST.replace("observed=[0.1, 1.0]", "")
+    write_experiment(tmp_path, source, num_simulations=60)
+    result = sbi_dist("run", "experiment.yaml")
+    said(result, 0)
+    assert "no observed data" in result.stdout and "--observations FILE" in result.stdout
+    assert Posterior.load(str(tmp_path / "runs/experiment")).sample((3,), [0.1, 1.0]).shape == (
+        3,
+        2,
+    )
+
+
 def test_catalog_of_many_parts_equals_one_batch(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

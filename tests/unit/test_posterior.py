@@ -21,6 +21,7 @@ from sbi_dist.estimation.loop import fit
 from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.posterior import Posterior
 from sbi_dist.posterior.posterior import PROMOTED
+from sbi_dist.posterior.sampler import draw
 from sbi_dist.priors import BoxUniform, prior_to_data
 from sbi_dist.store import LocalStore
 
@@ -218,7 +219,10 @@ def test_draws_do_not_depend_on_the_batch(posterior) -> None:
 
 def test_draws_do_not_depend_on_their_number(posterior) -> None:
     many = posterior.sample((9000,), [0.5, 0.5], seed=3)  # more than go through the flow at once
+    assert len(many.unique(dim=0)) > 8990
     close(posterior.sample((100,), [0.5, 0.5], seed=3), many[:100])
+    later = draw(posterior.estimator, torch.tensor([[0.5, 0.5]]), 90, posterior.identity, 3, 8150)
+    close(later[0], many[8150:8240])
     close(posterior.sample((90, 100), [0.5, 0.5], seed=3).reshape(9000, 2), many)
     x = torch.zeros(30, 2)
     x[:, 0] = torch.linspace(-1, 1, 30)
@@ -263,8 +267,11 @@ def test_map(posterior) -> None:
     assert best.shape == (1, 2)
     # The exact mode is x; the fit places it to a third of the posterior's sd or better.
     np.testing.assert_allclose(best[0], x, atol=NOISE / 3)
-    draws = posterior.sample((2000,), x, seed=0)
-    assert float(posterior.log_prob(best, x)) >= float(posterior.log_prob(draws, x).max()) - 1e-3
+    edge = [1.8, -1.9]  # where the map to R^D bends
+    for observed, mode in ((x, best), (edge, posterior.map(edge, **effort))):
+        highest = posterior.log_prob(mode, observed)
+        draws = posterior.sample((5000,), observed, seed=0)
+        assert float(highest) >= float(posterior.log_prob(draws, observed).max()) - 1e-3
     posterior.set_default_x(x)
     assert torch.equal(posterior.map(**effort), best)
     assert torch.equal(posterior.map(), best)  # known by now
