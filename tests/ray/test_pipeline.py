@@ -121,10 +121,8 @@ def test_run_without_observed_data_ends_with_a_model(sbi_dist: Run, tmp_path: Pa
     result = sbi_dist("run", "experiment.yaml")
     said(result, 0)
     assert "no observed data" in result.stdout and "--observations FILE" in result.stdout
-    assert Posterior.load(str(tmp_path / "runs/experiment")).sample((3,), [0.1, 1.0]).shape == (
-        3,
-        2,
-    )
+    posterior = Posterior.load(str(tmp_path / "runs/experiment"))
+    assert posterior.sample((3,), [0.1, 1.0]).shape == (3, 2)
 
 
 def test_catalog_of_many_parts_equals_one_batch(
