@@ -16,7 +16,7 @@ from typing import Any
 import click
 import yaml
 
-from sbi_dist.errors import InputError, Interrupted, StageError
+from sbi_dist.errors import InputError, StageError
 
 __all__ = ["main", "run_command"]
 
@@ -150,8 +150,14 @@ def status(**arguments: Any) -> None:
     click.echo(yaml.safe_dump(_pipeline(**arguments).status(), sort_keys=False), nl=False)
 
 
+# The signal that asked the process to stop; a KeyboardInterrupt passes through Ray, its number
+# does not.
+_received: list[int] = []
+
+
 def _interrupt(number: int, _: FrameType | None) -> None:
-    raise Interrupted(number)
+    _received.append(number)
+    raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -162,6 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run_command(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
     # Both signals end the process in order: actors are ended, finished work is in the store.
+    _received.clear()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     try:
@@ -175,13 +182,17 @@ def run_command(arguments: list[str]) -> int:
     except (InputError, StageError) as error:
         click.echo(f"sbi-dist: {' '.join(str(error).split())}", err=True)
         return error.exit_code
-    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
-        code = error.exit_code if isinstance(error, Interrupted) else 130
+    except (KeyboardInterrupt, click.Abort):
+        code = 128 + (_received[0] if _received else signal.SIGINT)
         click.echo(
             "sbi-dist: stopped; what is finished is kept, run the command again to go on", err=True
         )
         return code
     except Exception as error:
+        if _received:
+            # What was broken off by the signal may end in an error of its own.
+            click.echo("sbi-dist: stopped; run the command again to go on", err=True)
+            return 128 + _received[0]
         if os.environ.get("SBI_DIST_TRACEBACK"):
             raise
         click.echo(

@@ -20,7 +20,7 @@ from sbi_dist.catalog.infer import MANIFEST, PREDICTIVE, read_draws
 from sbi_dist.catalog.infer import infer as infer_catalog
 from sbi_dist.catalog.observations import Catalog, make_catalog, read_catalog
 from sbi_dist.errors import InputError
-from sbi_dist.estimation.bundle import BUNDLE
+from sbi_dist.estimation.bundle import BUNDLE, load_bundle
 from sbi_dist.estimation.trainer import METRICS, train
 from sbi_dist.experiment import Experiment, digest
 from sbi_dist.posterior.posterior import PROMOTED, Posterior
@@ -138,10 +138,13 @@ class Pipeline:
 
     def simulate(self, repair_damaged: bool = False) -> _Round:
         """Simulate the current round; finished at once where it is complete."""
-        this = self._current()
         if repair_damaged:
-            for key in repair(this.store):
-                say(f"simulate: {this.store.uri}/{key} was damaged and is simulated again")
+            # Before anything reads them.
+            for identity in sorted({key.split("/")[1] for key in self.store.list("simulations/")}):
+                folder = self.store.child(f"simulations/{identity}")
+                for key in repair(folder):
+                    say(f"simulate: {folder.uri}/{key} was damaged and is simulated again")
+        this = self._current()
         options = self.experiment.simulate
         if self._records(this) is None:
             # A wrong simulator is told before Ray is started.
@@ -165,6 +168,12 @@ class Pipeline:
             )
         model_id = self._model_id(this, records)
         model = self._model_store(model_id)
+        if model.exists(BUNDLE):
+            try:
+                load_bundle(model)
+            except InputError as error:
+                say(f"{error}; it is trained again")
+                model.delete(BUNDLE)
         if not model.exists(BUNDLE):
             with connected(self.address):
                 train(
@@ -204,7 +213,7 @@ class Pipeline:
         """
         try:
             model_id = json.loads(self.store.get(PROMOTED))["model"]
-        except KeyError:
+        except (KeyError, TypeError, ValueError):
             raise InputError(
                 f"{self.store.uri} holds no trained model; run `sbi-dist train` first"
             ) from None
@@ -248,17 +257,19 @@ class Pipeline:
                 key.split("/")[1]
                 for key in self.store.list("posteriors/")
                 if key.endswith(f"-{model_id}/{MANIFEST}")
-            },
-            key=lambda name: not name.startswith("observed-"),
+                # Draws of data that the problem had before its observed data were changed.
+                and not key.startswith("posteriors/observed-")
+            }
         )
+        asked = None
+        if self.problem.observed is not None or self.experiment.infer.observations is not None:
+            asked = self._draws(self._catalog(Posterior.from_store(model)), model_id)
+        if asked is not None and asked.exists(MANIFEST):
+            return asked
         if not others:
             raise InputError(
                 f"{self.store.uri} holds no draws of model {model_id}; run `sbi-dist infer` first"
             )
-        if self.problem.observed is not None or self.experiment.infer.observations is not None:
-            asked = self._draws(self._catalog(Posterior.from_store(model)), model_id)
-            if asked.exists(MANIFEST):
-                return asked
         return self.store.child(f"posteriors/{others[0]}")
 
     def _catalog(self, posterior: Posterior) -> Catalog:

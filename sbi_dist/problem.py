@@ -14,7 +14,9 @@ import importlib
 import importlib.util
 import inspect
 import json
+import pickle
 import sys
+import sysconfig
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +30,7 @@ from sbi_dist.options import nearest
 from sbi_dist.priors import as_prior, prior_to_data, sample_prior
 from sbi_dist.simulator import SimulatorForm, detect_form
 
-__all__ = ["ObservationAxis", "Problem", "load_problem"]
+__all__ = ["ObservationAxis", "Problem", "load_problem", "local_modules"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +171,12 @@ class Problem:
 
 
 def _code(function: Any) -> Any:
+    """What a simulator computes by: its source, its local modules' source, and its values."""
     if isinstance(function, functools.partial):
-        return ["partial", _code(function.func), repr(function.args), repr(function.keywords)]
-    owner = function if inspect.isroutine(function) else type(function)
-    state = ""
-    if not inspect.isroutine(function):
-        state = repr(sorted(vars(function).items())) if hasattr(function, "__dict__") else ""
+        return ["partial", _code(function.func), _values([function.args, function.keywords])]
+    routine = inspect.isroutine(function)
+    owner = function if routine else type(function)
+    state = "" if routine else _values(sorted(getattr(function, "__dict__", {}).items()))
     try:
         source = inspect.getsource(inspect.getmodule(owner) or owner)
     except (OSError, TypeError):
@@ -183,7 +185,54 @@ def _code(function: Any) -> Any:
         except (OSError, TypeError):
             code = getattr(owner, "__code__", None)
             return [getattr(owner, "__qualname__", repr(owner)), code.co_code.hex() if code else ""]
-    return [getattr(owner, "__qualname__", ""), _without_comments(source), state]
+    others = [
+        _without_comments(inspect.getsource(module))
+        for module in local_modules(function)
+        if module is not inspect.getmodule(owner)
+    ]
+    return [getattr(owner, "__qualname__", ""), _without_comments(source), others, state]
+
+
+def _values(values: Any) -> str:
+    """A digest of values that a simulator holds; of their text where they can't be pickled."""
+    try:
+        data = pickle.dumps(values)
+    except Exception:  # pickling runs a stranger's code
+        data = repr(values).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def local_modules(function: Any) -> list[types.ModuleType]:
+    """The loaded modules of a simulator's own folder, which is not installed; by name.
+
+    Empty for a simulator of an installed package, or of a script or notebook.
+    """
+    name = getattr(function, "__module__", None) or type(function).__module__
+    if isinstance(function, functools.partial):
+        return local_modules(function.func)
+    own = sys.modules.get(name)
+    path = getattr(own, "__file__", None)
+    if own is None or path is None or name == "__main__" or _installed(Path(path)):
+        return []
+    # A package's folder is that of its outermost module.
+    folder = Path(path).resolve().parents[name.count(".")]
+    found = {}
+    for other, module in list(sys.modules.items()):
+        # Not getattr, which some modules answer by raising.
+        place = getattr(module, "__dict__", {}).get("__file__")
+        if isinstance(place, str) and place.endswith(".py") and other != "__main__":
+            resolved = Path(place).resolve()
+            if folder in resolved.parents and not _installed(resolved):
+                found[other] = module
+    return [found[other] for other in sorted(found)]
+
+
+def _installed(path: Path) -> bool:
+    """Whether a file is one that the workers have too: of this package, or of an environment."""
+    standard = sysconfig.get_paths()
+    folders = [Path(standard[key]) for key in ("stdlib", "purelib", "platlib")]
+    folders.append(Path(__file__).parent)
+    return any(folder.resolve() in path.resolve().parents for folder in folders)
 
 
 def _without_comments(source: str) -> str:

@@ -184,8 +184,8 @@ class _Trial:
     def __init__(self, simulator: Callable[..., Any], library: str, rng: bool) -> None:
         self.simulator, self.library, self.rng = simulator, library, rng
 
-    def run(self, theta: np.ndarray) -> np.ndarray | str:
-        stream = seed_stream(np.random.SeedSequence(1))
+    def run(self, theta: np.ndarray, seed: int = 1) -> np.ndarray | str:
+        stream = seed_stream(np.random.SeedSequence(seed))
         try:
             result = _invoke(self.simulator, self.library, self.rng, np.array(theta), stream)
         except (Exception, SystemExit) as error:  # whatever a stranger's code raises
@@ -221,6 +221,27 @@ class _Trial:
             return False, (
                 "a batch of one gave another x than its row; set batched=True if that may be"
             )
+        if self._rows_share_noise(draws[:1], x_shape):
+            return (
+                False,
+                "in a batch, all rows get the same noise; set batched=True if so meant",
+            )
         if not np.array_equal(first, alone, equal_nan=True):
             return True, "a row's random numbers change with the size of its batch"
         return True, ""
+
+    def _rows_share_noise(self, theta: np.ndarray, x_shape: tuple[int, ...]) -> bool:
+        """Whether noise drawn for one row is added to every row, as in theta + rng.normal(2)."""
+        rows = 6
+        same = np.repeat(theta, rows, axis=0)
+        first, second = self.run(same, seed=1), self.run(same, seed=2)
+        for result in (first, second):
+            if not isinstance(result, np.ndarray) or result.shape != (rows, *x_shape):
+                return False
+        assert isinstance(first, np.ndarray) and isinstance(second, np.ndarray)
+        first, second = first.reshape(rows, -1), second.reshape(rows, -1)
+        random = first[0] != second[0]
+        shared = random & (first == first[0]).all(axis=0)
+        # Rows may have equal counts by chance, but not equal real numbers.
+        real = random & (first != np.round(first)).any(axis=0)
+        return bool((shared & real).any() or (random.any() and (shared == random).all()))

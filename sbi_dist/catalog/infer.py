@@ -30,7 +30,8 @@ from sbi_dist.store import ObjectStore, open_store
 
 __all__ = ["LEAST_SAMPLE_SIZE", "MANIFEST", "PREDICTIVE", "Draws", "infer", "read_draws"]
 
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # written last: the draws are complete
+REQUEST = "request.json"  # written first
 PREDICTIVE = "predictive.npy"  # simulations from the draws of the problem's own observation
 _PART_BYTES = 32 * 1024**2
 # Fewer effective draws than this do not describe a posterior.
@@ -74,7 +75,14 @@ def infer(
         "rows_per_part": _rows_per_part(options.num_samples, posterior),
         "statuses": dict(Counter(catalog.status)),
     }
-    if target.exists(MANIFEST) and json.loads(target.get(MANIFEST)) == content:
+    # What the parts are of is written before them: parts of two catalogs must not meet.
+    text = json.dumps(content, indent=2, sort_keys=True).encode()
+    if not target.put_if_absent(REQUEST, text) and target.get(REQUEST) != text:
+        raise InputError(
+            f"infer: {target.uri} holds draws of another catalog, model or setting; give another "
+            "folder with --output"
+        )
+    if target.exists(MANIFEST):
         return content
     rows = content["rows_per_part"]
     starts = range(0, len(catalog.ids), rows)
@@ -92,7 +100,7 @@ def infer(
         elif missing:
             with connected(address):
                 _on_ray(model, catalog, missing, rows, options, target, progress, done)
-    target.put(MANIFEST, json.dumps(content, indent=2, sort_keys=True).encode())
+    target.put(MANIFEST, text)
     return content
 
 

@@ -64,11 +64,14 @@ class Standardization:
             x_sd=torch.ones_like(centre),
         )
         scaled = fitted._scaled(values)
-        fitted.x_mean, fitted.x_sd = scaled.mean(0), _positive(scaled.std(0, correction=0))
+        fitted.x_mean, fitted.x_sd = (
+            scaled.mean(0),
+            _positive(scaled.std(0, correction=0), scaled.mean(0)),
+        )
         residual = _residual_sd(theta, fitted.x(torch.from_numpy(x)).double())
         fitted.bijection = SupportBijection(low, high, matched_softness(residual, low, high))
         z = fitted.bijection.unconstrain(torch.from_numpy(theta))
-        fitted.theta_mean, fitted.theta_sd = z.mean(0), _positive(z.std(0, correction=0))
+        fitted.theta_mean, fitted.theta_sd = z.mean(0), _positive(z.std(0, correction=0), z.mean(0))
         return fitted
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -132,9 +135,9 @@ def choose_scale(x: np.ndarray) -> str:
     return "linear"
 
 
-def _positive(sd: Tensor) -> Tensor:
-    """Standard deviations to divide by: a constant component is left as it is."""
-    return torch.where(sd > 1e-12, sd, torch.ones_like(sd))
+def _positive(sd: Tensor, mean: Tensor) -> Tensor:
+    """Standard deviations to divide by: a component constant to float32 rounding is left alone."""
+    return torch.where(sd > 1e-7 * mean.abs(), sd, torch.ones_like(sd))
 
 
 def _residual_sd(theta: np.ndarray, x: Tensor) -> np.ndarray:

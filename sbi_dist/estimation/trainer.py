@@ -70,7 +70,12 @@ def train(
     }
     # Ray's own bookkeeping of the run; what the stage needs to resume is in the store.
     scratch = tempfile.mkdtemp(prefix="sbi-dist-train-")
-    trainer = TorchTrainer(
+
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, *_: Any, **__: Any) -> None:
+            """Leave signals to the caller, who ends Ray and knows the exit code."""
+
+    trainer = Trainer(
         _work,
         train_loop_config=config,
         scaling_config=ScalingConfig(

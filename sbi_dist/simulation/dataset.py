@@ -216,6 +216,11 @@ class Dataset:
             return json.loads(self.store.get(self.MANIFEST))
         except KeyError:
             return {}
+        except ValueError:
+            raise InputError(
+                f"{self.store.uri}/{self.MANIFEST} is damaged; delete it, and run `sbi-dist "
+                "simulate` to write it again"
+            ) from None
 
     def create(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Write the manifest unless there is one; the manifest that is in force."""

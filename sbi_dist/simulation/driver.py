@@ -10,15 +10,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-import sys
-import sysconfig
-import types
-from pathlib import Path
 from typing import Any
 
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.priors import prior_to_data
-from sbi_dist.problem import Problem
+from sbi_dist.problem import Problem, local_modules
 from sbi_dist.progress import Progress, say
 from sbi_dist.session import require
 from sbi_dist.simulation.actor import SimulatorActor
@@ -98,9 +94,8 @@ def ship(thing: Any, what: str, problem: Problem) -> bytes:
     """
     from ray import cloudpickle
 
-    module = sys.modules.get(getattr(problem.simulator, "__module__", None) or "")
-    if module is not None and not _installed(module):
-        cloudpickle.register_pickle_by_value(sys.modules[module.__name__.split(".")[0]])
+    for module in local_modules(problem.simulator):
+        cloudpickle.register_pickle_by_value(module)
     try:
         return cloudpickle.dumps(thing)
     except Exception as error:
@@ -108,19 +103,6 @@ def ship(thing: Any, what: str, problem: Problem) -> bytes:
             f"{what} can't be sent to the workers ({type(error).__name__}: {error}); make what it "
             "needs inside the function, not outside of it"
         ) from error
-
-
-def _installed(module: types.ModuleType) -> bool:
-    """Whether workers can be expected to import a module: installed, or part of Python."""
-    if module.__name__ == "__main__":
-        return True  # cloudpickle sends that by value anyway
-    path = getattr(module, "__file__", None)
-    if path is None:
-        return True
-    packages = Path(__file__).resolve().parents[1]
-    standard = sysconfig.get_paths()
-    folders = [packages, *(Path(standard[key]) for key in ("stdlib", "purelib", "platlib"))]
-    return any(folder.resolve() in Path(path).resolve().parents for folder in folders)
 
 
 class _Run:

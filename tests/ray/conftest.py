@@ -86,7 +86,7 @@ def write_experiment(folder: Path, source: str = SLOW, **simulate: object) -> Pa
         "name": "experiment",
         "problem": "problem.py:problem",
         "simulate": {"num_simulations": 400, "shard_size": 20, **simulate},
-        "train": {"transforms": 2, "hidden_features": 16, "max_epochs": 3},
+        "train": {"transforms": 2, "hidden_features": 16, "max_epochs": 3, "workers": 0},
         "infer": {"num_samples": 500, "predictive_simulations": 20},
     }
     path = folder / "experiment.yaml"

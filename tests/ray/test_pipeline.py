@@ -279,7 +279,7 @@ def test_damaged_shard_is_told_at_train(sbi_dist: Run, tmp_path: Path) -> None:
 def test_killed_training_goes_on_from_its_checkpoint(
     sbi_dist: Run, tmp_path: Path, ray_address: str
 ) -> None:
-    """Kill -9 of the driver: the resumed weights are the uninterrupted ones, bit for bit."""
+    """Kill -9 and SIGTERM of the driver: the weights are the calm run's, bit for bit."""
     weights = {}
     for name in ("calm", "killed"):
         folder = tmp_path / name
@@ -287,28 +287,29 @@ def test_killed_training_goes_on_from_its_checkpoint(
         path = write_experiment(folder, FAST)
         content = yaml.safe_load(path.read_text())
         content["train"] = {
-            "transforms": 3, "hidden_features": 32, "max_epochs": 60, "schedule": "cosine",
+            "transforms": 3, "hidden_features": 32, "max_epochs": 100, "schedule": "cosine",
             "batch_size": 20, "checkpoint_every_s": 0.2, "cpus_per_worker": 1,
         }  # fmt: skip
         path.write_text(yaml.safe_dump(content))
         said(sbi_dist("simulate", str(path), "--store", str(folder / "runs")), 0)
         arguments = command("train", str(path), "--store", str(folder / "runs"))
-        if name == "killed":
+        for number in (signal.SIGKILL, signal.SIGTERM) if name == "killed" else ():
+            seen = set(folder.glob("runs/experiment/models/*/checkpoints/*.pt"))
             process = subprocess.Popen(
                 arguments, cwd=folder, env=environment(ray_address), stderr=subprocess.DEVNULL
             )
             deadline = time.monotonic() + 120
-            while not list(folder.glob("runs/experiment/models/*/checkpoints/*.pt")):
-                assert process.poll() is None, "training ended before it was to be killed"
+            while not set(folder.glob("runs/experiment/models/*/checkpoints/*.pt")) - seen:
+                assert process.poll() is None, "training ended before it was to be stopped"
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            process.send_signal(signal.SIGKILL)
-            process.wait(timeout=30)
+            process.send_signal(number)
+            assert process.wait(timeout=60) == (143 if number == signal.SIGTERM else -9)
             assert not list(folder.glob("runs/experiment/models/*/bundle.json"))
         subprocess.run(arguments, cwd=folder, env=environment(ray_address), check=True, timeout=200)
         model = next(folder.glob("runs/experiment/models/*/bundle.json")).parent
         weights[name] = (model / "weights.safetensors").read_bytes()
         history = json.loads((model / "metrics.json").read_text())
-        assert history["epoch"] == list(range(61))
+        assert history["epoch"] == list(range(101))
         assert not list(model.glob("checkpoints/*"))
     assert weights["killed"] == weights["calm"]

@@ -273,3 +273,23 @@ def test_partial_and_callable_objects() -> None:
 
     assert detect(Scaled(2.0)) == SimulatorForm(True, "numpy", True, (3,))
     assert detect(functools.partial(numpy_row_rng)).takes_rng
+
+
+def test_noise_of_one_row_is_not_shared_by_a_batch() -> None:
+    """theta + noise of one row's shape runs on a batch too, where all rows would get one noise."""
+    draws = np.random.default_rng(0).uniform(-1, 1, (12, 2)).astype(np.float32)
+
+    def one_row(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return theta + rng.standard_normal(2)
+
+    def batch(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return theta + rng.standard_normal(theta.shape)
+
+    def counts(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return rng.binomial(1, 0.5, theta.shape).astype(np.float64)
+
+    form = detect_form(one_row, draws)
+    assert not form.batched and "same noise" in form.note
+    assert detect_form(batch, draws).batched
+    assert detect_form(counts, draws).batched
+    assert detect_form(one_row, draws, batched=True).batched
