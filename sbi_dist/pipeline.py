@@ -119,7 +119,8 @@ class Pipeline:
             prior = _truncated_prior(Posterior.from_store(model), this.problem)
             model.put_if_absent(key, json.dumps(prior_to_data(prior), indent=2).encode())
         prior = prior_from_data(json.loads(model.get(key)))
-        return self._round(this.number + 1, dataclasses.replace(this.problem, prior=prior))
+        problem = dataclasses.replace(this.problem, prior=prior, version=this.problem.source())
+        return self._round(this.number + 1, problem)
 
     def _current(self) -> _Round:
         """The first round that is not simulated and trained in full, or else the last one."""

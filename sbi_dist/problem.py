@@ -156,6 +156,18 @@ class Problem:
             )
         return form
 
+    def source(self) -> str:
+        """``version``, or a digest of the simulator's code as it was when first asked for.
+
+        Kept, since running the simulator may import more of its modules.
+        """
+        if self.version is not None:
+            return self.version
+        if not hasattr(self, "_source"):
+            code = json.dumps(_code(self.simulator), sort_keys=True)
+            self._source = hashlib.sha256(code.encode()).hexdigest()
+        return self._source
+
     def fingerprint(self) -> str:
         """16 hex digits that change with the prior or the simulator's code.
 
@@ -165,7 +177,7 @@ class Problem:
         content = {
             "prior": prior_to_data(self.prior),
             "parameters": self.parameter_names,
-            "simulator": self.version if self.version is not None else _code(self.simulator),
+            "simulator": self.source(),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
