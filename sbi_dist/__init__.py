@@ -13,6 +13,7 @@ _HOMES = {
     "StageError": "sbi_dist.errors",
     "ObservationAxis": "sbi_dist.problem",
     "Problem": "sbi_dist.problem",
+    "Program": "sbi_dist.program",
     "NPE": "sbi_dist.npe",
     "SNPE": "sbi_dist.npe",
     "simulate_for_sbi": "sbi_dist.npe",

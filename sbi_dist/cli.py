@@ -26,7 +26,9 @@ def _common(function: Callable[..., Any]) -> Callable[..., Any]:
     for decorate in (
         click.option("--address", metavar="RAY", help="Ray cluster; default: one started here."),
         click.option(
-            "--store", metavar="URI", help="Directory for everything durable (field `store`)."
+            "--store",
+            metavar="URI",
+            help="Directory or s3://bucket/prefix for everything durable (field `store`).",
         ),
         click.option(
             "--set",
@@ -80,18 +82,19 @@ def _pipeline(
 def cli() -> None:
     """Simulation-based inference from an experiment file to posteriors, on Ray.
 
-    EXPERIMENT is a YAML file, or the name of a shipped experiment (gaussian, lynx_hare). Every
-    stage keeps its results in the store, finds what is finished, and may be stopped and run again
-    at any time.
+    EXPERIMENT is a YAML file, or the name of a shipped experiment (coalescent, gaussian,
+    lynx_hare). Every stage keeps its results in the store, finds what is finished, and may be
+    stopped and run again at any time.
     """
 
 
 @cli.command()
+@click.option("--overlap", is_flag=True, help="Train on what has landed while simulation goes on.")
 @_common
-def run(**arguments: Any) -> None:
+def run(overlap: bool, **arguments: Any) -> None:
     """All stages: simulate, train, infer, report."""
     pipeline = _pipeline(**arguments)
-    results = pipeline.run()
+    results = pipeline.run(overlap)
     if results is None:
         click.echo(
             f"model: {pipeline.promoted()[1].uri}\nThe problem has no observed data; draw from its "
@@ -111,6 +114,20 @@ def simulate(repair: bool, **arguments: Any) -> None:
     """Draw parameters from the prior, simulate data, store them as Parquet shards."""
     done = _pipeline(**arguments).simulate(repair_damaged=repair)
     click.echo(done.store.uri)
+
+
+@cli.command()
+@click.option(
+    "--rows",
+    type=click.IntRange(min=0),
+    default=100,
+    show_default=True,
+    help="Rows to simulate again.",
+)
+@_common
+def verify(rows: int, **arguments: Any) -> None:
+    """Check every stored simulation's checksum, and simulate a sample of rows again."""
+    click.echo(_pipeline(**arguments).verify(rows))
 
 
 @cli.command()

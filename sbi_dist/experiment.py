@@ -28,7 +28,10 @@ class Experiment(Options):
 
     name: str = option("", "name of the experiment; its folder in the store")
     problem: str = option("", "the problem, as package.module:attribute or file.py:attribute")
-    store: str = option("runs", "directory that holds everything durable")
+    store: str = option("runs", "directory, or s3://bucket/prefix, that holds everything durable")
+    store_patience_s: float = option(
+        600.0, "how long to wait for a store that does not answer, in seconds", gt=0, le=1e7
+    )
     simulate: SimulateOptions = dataclasses.field(default_factory=SimulateOptions)
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
     infer: InferOptions = dataclasses.field(default_factory=InferOptions)

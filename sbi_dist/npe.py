@@ -28,9 +28,10 @@ from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.priors import as_prior, prior_to_data, support_bounds
 from sbi_dist.problem import Problem
 from sbi_dist.session import connect
-from sbi_dist.simulation.dataset import Dataset, Simulations, encode_shard, versions
+from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.simulation.driver import simulate
 from sbi_dist.simulation.options import SimulateOptions
+from sbi_dist.simulation.shard import Simulations, encode_shard, versions
 from sbi_dist.store import ObjectStore, open_store
 
 __all__ = [
@@ -291,8 +292,9 @@ class NPE:
             simulation_id=np.arange(count, dtype=np.int64),
             theta=theta,
             x=x,
-            status=["ok" if good else "nonfinite" for good in finite],
-            error=[None if good else "x is NaN or infinite" for good in finite],
+            failed=dict.fromkeys(
+                np.flatnonzero(~finite).tolist(), ("nonfinite", "x is NaN or infinite")
+            ),
             duration_s=np.zeros(count, dtype=np.float32),
         )
         size = theta.shape[1]

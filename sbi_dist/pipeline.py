@@ -7,10 +7,10 @@ and the job scripts call these methods; the work is done in the rooms of the sta
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +19,29 @@ import numpy as np
 from sbi_dist.catalog.infer import MANIFEST, PREDICTIVE, read_draws
 from sbi_dist.catalog.infer import infer as infer_catalog
 from sbi_dist.catalog.observations import Catalog, make_catalog, read_catalog
-from sbi_dist.errors import InputError
+from sbi_dist.errors import InputError, StageError
 from sbi_dist.estimation.bundle import BUNDLE, load_bundle
 from sbi_dist.estimation.trainer import METRICS, train
 from sbi_dist.experiment import Experiment, digest
+from sbi_dist.overlap import end_overlap, overlap_training, warm_start
 from sbi_dist.posterior.posterior import PROMOTED, Posterior
-from sbi_dist.priors import prior_from_data, prior_to_data, support_bounds, truncate
-from sbi_dist.problem import Problem, load_problem
+from sbi_dist.priors import prior_to_data, support_bounds
+from sbi_dist.problem import load_problem
 from sbi_dist.progress import say
+from sbi_dist.rounds import Round, Rounds
 from sbi_dist.session import connected
-from sbi_dist.simulation.dataset import Dataset, ShardRecord, versions
+from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.simulation.driver import repair, simulate
-from sbi_dist.simulation.plan import plan_shards
+from sbi_dist.simulation.failures import frequent_failures
+from sbi_dist.simulation.log import drivers
+from sbi_dist.simulation.options import SimulateOptions
 from sbi_dist.simulation.predictive import simulate_predictive
+from sbi_dist.simulation.prepare import find_form
+from sbi_dist.simulation.shard import ShardRecord, versions
+from sbi_dist.simulation.verify import verify
 from sbi_dist.store import ObjectStore, open_store
 
 __all__ = ["Pipeline"]
-
-# A box that leaves out this much of the posterior on each side of each parameter, and a margin
-# for an estimator that is not exact yet.
-_TRUNCATED_TAIL = 3e-4
-_TRUNCATION_DRAWS = 50_000
-_TRUNCATION_MARGIN = 0.15
-
-
-@dataclasses.dataclass(frozen=True)
-class _Round:
-    """One round of simulation: its problem and where its simulations are."""
-
-    number: int
-    problem: Problem
-    dataset_id: str
-    store: ObjectStore
 
 
 class Pipeline:
@@ -75,100 +66,115 @@ class Pipeline:
                 f"simulate.rounds is {experiment.simulate.rounds}, but the problem has no observed "
                 "data to truncate the prior for; use 1, or give Problem(observed=...)"
             )
-        self.store = open_store(experiment.store).child(experiment.name)
-
-    # ---- where things are ----
-
-    def _round(self, number: int, problem: Problem) -> _Round:
-        identity = digest({"problem": problem.fingerprint(), **self.experiment.simulate.outcome()})
-        return _Round(number, problem, identity, self.store.child(f"simulations/{identity}"))
-
-    def _records(self, this: _Round) -> list[ShardRecord] | None:
-        """The shards of a round's dataset, or None while it is not complete."""
-        dataset = Dataset(this.store)
-        manifest = dataset.manifest()
-        if not manifest:
-            return None
-        stored = dataset.stored()
-        rows = {index: record.rows for index, record in stored.items()}
-        planned = plan_shards(
-            self.experiment.simulate.num_simulations, manifest["shard_size"], rows
-        )
-        if any(shard.index not in stored for shard in planned):
-            return None
-        return [stored[shard.index] for shard in planned]
-
-    def _model_id(self, this: _Round, records: list[ShardRecord]) -> str:
-        return digest(
-            {
-                "dataset": this.dataset_id,
-                "shards": [[record.index, record.digest] for record in records],
-                **self.experiment.train.outcome(),
-            }
-        )
-
-    def _model_store(self, model_id: str) -> ObjectStore:
-        return self.store.child(f"models/{model_id}")
-
-    def _next_round(self, this: _Round, model_id: str) -> _Round:
-        """The round after one whose model is trained: its prior is truncated to the posterior."""
-        model = self._model_store(model_id)
-        key = f"truncation-{digest(np.asarray(self.problem.observed).tolist(), 8)}.json"
-        # Kept, not computed again: another machine's rounding must not name another dataset.
-        if not model.exists(key):
-            prior = _truncated_prior(Posterior.from_store(model), this.problem)
-            model.put_if_absent(key, json.dumps(prior_to_data(prior), indent=2).encode())
-        prior = prior_from_data(json.loads(model.get(key)))
-        problem = dataclasses.replace(this.problem, prior=prior, version=this.problem.source())
-        return self._round(this.number + 1, problem)
-
-    def _current(self) -> _Round:
-        """The first round that is not simulated and trained in full, or else the last one."""
-        this = self._round(1, self.problem)
-        while this.number < self.experiment.simulate.rounds:
-            records = self._records(this)
-            if records is None:
-                return this
-            model_id = self._model_id(this, records)
-            if not self._model_store(model_id).exists(BUNDLE):
-                return this
-            this = self._next_round(this, model_id)
-        return this
+        store = open_store(experiment.store, experiment.store_patience_s)
+        store.check()
+        self.store = store.child(experiment.name)
+        self.rounds = Rounds(experiment, self.problem, self.store)
 
     # ---- stages ----
 
-    def simulate(self, repair_damaged: bool = False) -> _Round:
+    def simulate(self, repair_damaged: bool = False) -> Round:
         """Simulate the current round; finished at once where it is complete."""
         if repair_damaged:
             # Before anything reads them.
-            for identity in sorted({key.split("/")[1] for key in self.store.list("simulations/")}):
+            for identity in self.store.folders("simulations/"):
                 folder = self.store.child(f"simulations/{identity}")
                 for key in repair(folder):
                     say(f"simulate: {folder.uri}/{key} was damaged and is simulated again")
-        this = self._current()
-        options = self.experiment.simulate
-        if self._records(this) is None:
+        this = self.rounds.current()
+        if self.rounds.records(this) is None:
             # A wrong simulator is told before Ray is started.
-            this.problem.form()
+            find_form(this.problem, self.experiment.simulate)
             with connected(self.address):
-                simulate(this.problem, options, this.store)
+                self._simulate(this, self.experiment.simulate)
+        self._say_simulated(this)
+        return this
+
+    def _simulate(self, this: Round, options: SimulateOptions, **progress: Any) -> None:
+        """Simulate a round and note what came of it."""
+        records = simulate(this.problem, options, this.store, **progress)
+        if not records:
+            raise StageError(
+                f"simulate: no shard was finished within simulate.max_seconds="
+                f"{options.max_seconds:g}; allow more time, or set a smaller simulate.shard_size"
+            )
+        dataset = Dataset(this.store)
+        snapshot = dataset.snapshot(records)
+        wanted, rows = options.num_simulations, sum(record.rows for record in records)
+        if options.max_seconds is not None and (wanted is None or rows < wanted):
+            dataset.end(wanted, options.max_seconds, snapshot)
+
+    def _overlap(self) -> None:
+        """Simulate the current round, and train on what has landed meanwhile."""
+        this = self.rounds.current()
+        if self.rounds.records(this) is not None:
+            return
+
+        def simulated(options: SimulateOptions, stop: threading.Event) -> None:
+            self._simulate(this, options, stop=stop)
+
+        def trained(records: list[ShardRecord], start: ObjectStore | None) -> ObjectStore:
+            return self._fit(this, records, start, stoppable=True)
+
+        find_form(this.problem, self.experiment.simulate)
+        overlap_training(this, self.experiment, simulated, trained, self.rounds)
+
+    def _say_simulated(self, this: Round) -> None:
+        options = self.experiment.simulate
         rounds = f"round {this.number} of {options.rounds}, " if options.rounds > 1 else ""
         say(f"simulate: {rounds}dataset {this.dataset_id} is complete in {this.store.uri}")
-        return this
+
+    def verify(self, num_rows: int) -> str:
+        """Check every stored shard and simulate some rows again; what was found, in a sentence.
+
+        Raises:
+            InputError: nothing is simulated yet.
+            StageError: a shard is damaged, or a row comes out differently.
+        """
+        this = self.rounds.current()
+        if not Dataset(this.store).manifest():
+            raise InputError(
+                f"verify: {this.store.uri} holds no dataset; run `sbi-dist simulate` first"
+            )
+        find_form(this.problem, self.experiment.simulate)
+        with connected(self.address):
+            return verify(this.problem, self.experiment.simulate, this.store, num_rows)
 
     def train(self) -> str:
         """Train on the current round's simulations, promote the last round's model; the model."""
-        this = self._current()
-        records = self._records(this)
+        this = self.rounds.current()
+        records = self.rounds.records(this)
         if records is None:
-            stored = sum(record.rows for record in Dataset(this.store).stored().values())
-            raise InputError(
-                f"train: {this.store.uri} holds {stored:,} of the "
-                f"{self.experiment.simulate.num_simulations:,} simulations that "
-                "simulate.num_simulations asks for; run `sbi-dist simulate` first"
+            stored = Dataset(this.store).stored().rows
+            options = self.experiment.simulate
+            asked = (
+                f"simulate.max_seconds={options.max_seconds:g} is not up"
+                if options.num_simulations is None
+                else f"simulate.num_simulations asks for {options.num_simulations:,}"
             )
-        model_id = self._model_id(this, records)
-        model = self._model_store(model_id)
+            which = f" of round {this.number}" if options.rounds > 1 else ""
+            raise InputError(
+                f"train: {this.store.uri} holds {stored:,} simulations{which} and {asked}; run "
+                "`sbi-dist simulate` first"
+            )
+        model = self._fit(this, records, warm_start(this, self.rounds))
+        model_id = self.rounds.model_id(this, records)
+        end_overlap(this, self.rounds, model)
+        say(f"train: model {model_id} is complete in {model.uri}")
+        if this.number == self.experiment.simulate.rounds:
+            self.store.put(PROMOTED, json.dumps({"model": model_id}).encode())
+        return model_id
+
+    def _fit(
+        self,
+        this: Round,
+        records: list[ShardRecord],
+        start: ObjectStore | None = None,
+        stoppable: bool = False,
+    ) -> ObjectStore:
+        """Train on the given shards of a round, from the model ``start`` on; the model's folder."""
+        model_id = self.rounds.model_id(this, records)
+        model = self.rounds.model(model_id)
         if model.exists(BUNDLE):
             try:
                 load_bundle(model)
@@ -176,6 +182,9 @@ class Pipeline:
                 say(f"{error}; it is trained again")
                 model.delete(BUNDLE)
         if not model.exists(BUNDLE):
+            about = self._about(this, records, model_id)
+            if start is not None:
+                about["started_from"] = start.uri.rpartition("/")[2]
             with connected(self.address):
                 train(
                     this.store,
@@ -183,14 +192,13 @@ class Pipeline:
                     support_bounds(this.problem.prior),
                     model,
                     self.experiment.train,
-                    self._about(this, records, model_id),
+                    about,
+                    start=start,
+                    stoppable=stoppable,
                 )
-        say(f"train: model {model_id} is complete in {model.uri}")
-        if this.number == self.experiment.simulate.rounds:
-            self.store.put(PROMOTED, json.dumps({"model": model_id}).encode())
-        return model_id
+        return model
 
-    def _about(self, this: _Round, records: list[ShardRecord], model_id: str) -> dict[str, Any]:
+    def _about(self, this: Round, records: list[ShardRecord], model_id: str) -> dict[str, Any]:
         return {
             "model": model_id,
             "experiment": self.experiment.name,
@@ -200,10 +208,11 @@ class Pipeline:
             "dataset": {
                 "id": this.dataset_id,
                 "round": this.number,
+                "snapshot": Dataset(this.store).snapshot(records),
                 "shards": [[record.index, record.digest] for record in records],
             },
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
+            "versions": {**versions(), **self.problem.package_versions()},
         }
 
     def promoted(self) -> tuple[str, ObjectStore]:
@@ -218,7 +227,7 @@ class Pipeline:
             raise InputError(
                 f"{self.store.uri} holds no trained model; run `sbi-dist train` first"
             ) from None
-        return model_id, self._model_store(model_id)
+        return model_id, self.rounds.model(model_id)
 
     def infer(self, output: str | None = None) -> tuple[ObjectStore, dict[str, Any]]:
         """Draw from the posterior of the catalog; the folder of the draws and its manifest."""
@@ -253,15 +262,14 @@ class Pipeline:
             InputError: the model in use has no draws.
         """
         model_id, model = self.promoted()
-        others = sorted(
-            {
-                key.split("/")[1]
-                for key in self.store.list("posteriors/")
-                if key.endswith(f"-{model_id}/{MANIFEST}")
-                # Draws of data that the problem had before its observed data were changed.
-                and not key.startswith("posteriors/observed-")
-            }
-        )
+        others = [
+            name
+            for name in self.store.folders("posteriors/")
+            if name.endswith(f"-{model_id}")
+            # Draws of data that the problem had before its observed data were changed.
+            and not name.startswith("observed-")
+            and self.store.exists(f"posteriors/{name}/{MANIFEST}")
+        ]
         asked = None
         if self.problem.observed is not None or self.experiment.infer.observations is not None:
             asked = self._draws(self._catalog(Posterior.from_store(model)), model_id)
@@ -297,7 +305,9 @@ class Pipeline:
         options = self.experiment.infer
         draws = read_draws(target, 1).draws[0]
         chosen = np.linspace(0, len(draws) - 1, options.predictive_simulations).astype(int)
-        x = simulate_predictive(self.problem, draws[chosen], options.seed)
+        x = simulate_predictive(
+            self.problem, draws[chosen], options.seed, self.experiment.simulate.timeout_s
+        )
         sink = io.BytesIO()
         np.save(sink, x)
         target.put(PREDICTIVE, sink.getvalue())
@@ -313,13 +323,18 @@ class Pipeline:
         )
         return write_report(finished)
 
-    def run(self) -> tuple[ObjectStore, ObjectStore, str] | None:
+    def run(self, overlap: bool = False) -> tuple[ObjectStore, ObjectStore, str] | None:
         """All stages; folders of the draws and of the report, and the posterior's table.
 
-        None where there are no observations to infer from: the model is trained all the same.
+        With ``overlap``, training begins on what has landed while simulation goes on. None where
+        there are no observations to infer from: the model is trained all the same.
         """
+        if self.rounds.records(self.rounds.current()) is None:
+            find_form(self.problem, self.experiment.simulate)
         with connected(self.address):
             for _ in range(self.experiment.simulate.rounds):
+                if overlap:
+                    self._overlap()
                 done = self.simulate()
                 self.train()
                 if done.number == self.experiment.simulate.rounds:
@@ -332,13 +347,13 @@ class Pipeline:
 
     def status(self) -> dict[str, Any]:
         """What there is in the store for this experiment."""
-        this = self._current()
-        records = self._records(this)
+        this = self.rounds.current()
+        records = self.rounds.records(this)
         stored = Dataset(this.store).stored()
-        model_id = self._model_id(this, records) if records is not None else None
-        trained = model_id is not None and self._model_store(model_id).exists(BUNDLE)
+        model_id = self.rounds.model_id(this, records) if records is not None else None
+        trained = model_id is not None and self.rounds.model(model_id).exists(BUNDLE)
         counts: dict[str, int] = {}
-        for record in stored.values():
+        for record in stored.records.values():
             for name, count in record.statuses.items():
                 counts[name] = counts.get(name, 0) + count
         promoted = None
@@ -350,19 +365,23 @@ class Pipeline:
             "round": f"{this.number} of {self.experiment.simulate.rounds}",
             "problem": self.problem.fingerprint(),
             "dataset": this.dataset_id,
-            "simulations": sum(record.rows for record in stored.values()),
+            "simulations": stored.rows,
+            "simulated": "complete" if records is not None else "not complete",
+            "simulation_seconds": round(stored.seconds, 1),
             "statuses": counts,
+            "failures": frequent_failures(stored.records.values()),
+            "drivers": drivers(this.store),
             "model": model_id,
             "trained": trained,
             "training": self._training_summary(model_id),
             "promoted": promoted,
-            "posteriors": sorted({key.split("/")[1] for key in self.store.list("posteriors/")}),
+            "posteriors": self.store.folders("posteriors/"),
         }
 
     def _training_summary(self, model_id: str | None) -> dict[str, Any] | None:
-        if model_id is None or not self._model_store(model_id).exists(METRICS):
+        if model_id is None or not self.rounds.model(model_id).exists(METRICS):
             return None
-        history = json.loads(self._model_store(model_id).get(METRICS))
+        history = json.loads(self.rounds.model(model_id).get(METRICS))
         if "epoch" not in history:
             return None
         return {
@@ -370,14 +389,3 @@ class Pipeline:
             "best_validation_loss": history["best_validation_loss"],
             "seconds": round(history["seconds"], 1),
         }
-
-
-def _truncated_prior(posterior: Posterior, problem: Problem) -> Any:
-    """The prior restricted to the box of the observed data's posterior, with a margin."""
-    draws = posterior.sample((_TRUNCATION_DRAWS,), problem.observed, seed=0).double().numpy()
-    tails = np.quantile(draws, [_TRUNCATED_TAIL, 1 - _TRUNCATED_TAIL], axis=0)
-    margin = _TRUNCATION_MARGIN * (tails[1] - tails[0])
-    low, high = support_bounds(problem.prior)
-    return truncate(
-        problem.prior, np.maximum(low, tails[0] - margin), np.minimum(high, tails[1] + margin)
-    )

@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,13 @@ import torch
 from sbi_dist.errors import InputError
 from sbi_dist.options import nearest
 from sbi_dist.priors import as_prior, prior_to_data, sample_prior
+from sbi_dist.program import Program
 from sbi_dist.simulator import SimulatorForm, detect_form
 
-__all__ = ["ObservationAxis", "Problem", "load_problem", "local_modules"]
+__all__ = ["ATTEMPTS", "ObservationAxis", "Problem", "load_problem", "local_modules"]
+
+# Sets of draws that finding a simulator's form tries.
+ATTEMPTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,8 @@ class Problem:
         log_likelihood: log p(x | theta) where it is known: callable on numpy theta (N, D) and one
             x of x_shape, giving (N,); used for importance weights only.
         title, description, reference: for the report.
+        packages: installed packages whose version the simulator's results depend on; they enter
+            the fingerprint and the list of versions.
         version: replaces the simulator's source code in the fingerprint, so that edits that do
             not change its results keep the stored simulations.
 
@@ -87,7 +94,12 @@ class Problem:
     title: str = ""
     description: str = ""
     reference: str = ""
+    packages: Sequence[str] = ()
     version: str | None = None
+    # Found by running the simulator.
+    known_form: SimulatorForm | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         self.prior = as_prior(self.prior)
@@ -96,6 +108,16 @@ class Problem:
                 f"problem.simulator is {type(self.simulator).__name__}; it must be callable as "
                 "simulator(theta)"
             )
+        for name in self.packages:
+            try:
+                metadata.version(name)
+            except metadata.PackageNotFoundError:
+                raise InputError(
+                    f"problem.packages names {name!r}, which is not installed here; install it, or "
+                    "leave it out"
+                ) from None
+        if isinstance(self.simulator, Program):
+            self._agree_with_program(self.simulator)
         names = self.parameter_names or [f"theta_{i + 1}" for i in range(self.num_parameters)]
         self.parameter_names = self._per_parameter("parameter_names", names)
         if len(set(self.parameter_names)) != len(self.parameter_names):
@@ -121,6 +143,19 @@ class Problem:
                 )
             self.observed = observed
 
+    def _agree_with_program(self, program: Program) -> None:
+        if self.batched is None:
+            self.batched = program.batch
+        if program.parameter_names is None:
+            return
+        if self.parameter_names is None:
+            self.parameter_names = program.parameter_names
+        elif list(self.parameter_names) != list(program.parameter_names):
+            raise InputError(
+                f"problem.parameter_names {list(self.parameter_names)} are not those of its "
+                f"program, {list(program.parameter_names)}; give the same names to both"
+            )
+
     def _per_parameter(self, field: str, values: Sequence[str]) -> tuple[str, ...]:
         if isinstance(values, str) or len(values) != self.num_parameters:
             raise InputError(
@@ -140,13 +175,28 @@ class Problem:
         Raises:
             InputError: the simulator can't be run, or its x has another shape than ``observed``.
         """
-        if not hasattr(self, "_form"):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                draws = sample_prior(self.prior, 12)
-            form = detect_form(self.simulator, draws, self.batched)
-            self._form = self._matched_to_observed(form)
-        return self._form
+        reason: InputError | None = None
+        for attempt in range(ATTEMPTS if self.known_form is None else 0):
+            try:
+                self.known_form = self.find_form(attempt)
+                break
+            except InputError as error:  # simulations of these draws may fail
+                reason = reason or error
+        if self.known_form is None:
+            assert reason is not None
+            raise reason
+        return self.known_form
+
+    def find_form(self, attempt: int = 0) -> SimulatorForm:
+        """Find the simulator's form by running it; each attempt takes other draws of the prior.
+
+        Raises:
+            InputError: the simulator can't be run, or its x has another shape than ``observed``.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(attempt)
+            draws = sample_prior(self.prior, 12)
+        return self._matched_to_observed(detect_form(self.simulator, draws, self.batched))
 
     def _matched_to_observed(self, form: SimulatorForm) -> SimulatorForm:
         if self.observed is not None and tuple(self.observed.shape) != tuple(form.x_shape):
@@ -168,8 +218,12 @@ class Problem:
             self._source = hashlib.sha256(code.encode()).hexdigest()
         return self._source
 
+    def package_versions(self) -> dict[str, str]:
+        """Version of each of ``packages``."""
+        return {name: metadata.version(name) for name in self.packages}
+
     def fingerprint(self) -> str:
-        """16 hex digits that change with the prior or the simulator's code.
+        """16 hex digits that change with the prior, the simulator's code or ``packages``.
 
         The code is the syntax tree of the simulator's module (or file) without comments,
         docstrings and formatting, or ``version`` where that is given.
@@ -179,11 +233,15 @@ class Problem:
             "parameters": self.parameter_names,
             "simulator": self.source(),
         }
+        if self.packages:
+            content["packages"] = self.package_versions()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _code(function: Any) -> Any:
     """What a simulator computes by: its source, its local modules' source, and its values."""
+    if isinstance(function, Program):
+        return ["program", function.code()]
     if isinstance(function, functools.partial):
         return ["partial", _code(function.func), _values([function.args, function.keywords])]
     routine = inspect.isroutine(function)
@@ -198,7 +256,8 @@ def _code(function: Any) -> Any:
             code = getattr(owner, "__code__", None)
             return [getattr(owner, "__qualname__", repr(owner)), code.co_code.hex() if code else ""]
     others = [
-        _without_comments(inspect.getsource(module))
+        # Not by inspect, which takes an empty file for a missing one.
+        _without_comments(Path(str(module.__file__)).read_text(encoding="utf-8"))
         for module in local_modules(function)
         if module is not inspect.getmodule(owner)
     ]

@@ -18,6 +18,7 @@ def duration(seconds: float) -> str:
     """Seconds as ``12 s``, ``3 min 20 s`` or ``2 h 05 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
+    seconds = round(seconds)
     if seconds < 5400:
         return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
     return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
@@ -28,7 +29,7 @@ class Progress:
 
     Args:
         label: what is done, such as ``simulate``.
-        total: number of units.
+        total: number of units; None where it is not known.
         unit: plural of what is counted.
         already: units that were done before, which do not count for the rate.
         enabled: False shows nothing.
@@ -37,7 +38,7 @@ class Progress:
     _LINE_EVERY_S = 10.0
 
     def __init__(
-        self, label: str, total: int, unit: str, already: int = 0, enabled: bool = True
+        self, label: str, total: int | None, unit: str, already: int = 0, enabled: bool = True
     ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self._already, self._done, self._note = already, already, ""
@@ -73,7 +74,8 @@ class Progress:
             self._bar.update(self._task, completed=done, note=self._summary())  # type: ignore[attr-defined]
         elif time.monotonic() - self._last_line >= self._LINE_EVERY_S:
             self._last_line = time.monotonic()
-            say(f"{self.label}: {done:,} of {self.total:,} {self.unit}, {self._summary()}")
+            total = "" if self.total is None else f" of {self.total:,}"
+            say(f"{self.label}: {done:,}{total} {self.unit}, {self._summary()}")
 
     def _summary(self) -> str:
         elapsed = max(time.monotonic() - self._started, 1e-9)
@@ -81,7 +83,7 @@ class Progress:
         parts = [f"{rate:,.3g} {self.unit}/s" if rate < 100 else f"{rate:,.0f} {self.unit}/s"]
         if self._note:
             parts.append(self._note)
-        if rate > 0 and self._done < self.total:
+        if rate > 0 and self.total is not None and self._done < self.total:
             parts.append(f"{duration((self.total - self._done) / rate)} left")
         return ", ".join(parts)
 

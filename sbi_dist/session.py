@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ from urllib.parse import urlparse
 
 from sbi_dist.errors import InputError, StageError
 
-__all__ = ["connect", "connected", "require"]
+__all__ = ["capacity", "connect", "connected", "require"]
 
 # Ray Train polls its workers every two seconds by default, which a short training would wait for.
 _QUIET = {
@@ -62,7 +63,9 @@ def connect(address: str | None = None) -> bool:
         if address:
             ray.init(address=address, logging_level="ERROR", log_to_driver=False)
         else:
+            # "local", as without it Ray joins whatever it finds on this machine.
             ray.init(
+                address="local",
                 include_dashboard=False,
                 logging_level="ERROR",
                 log_to_driver=False,
@@ -108,8 +111,21 @@ def _answers(address: str) -> None:
         ) from error
 
 
-def require(cpus: float, gpus: float, count: int, field: str) -> None:
-    """Check that the cluster can ever hold ``count`` processes of so many CPUs and GPUs.
+def capacity(resources: dict[str, float]) -> int:
+    """How many processes with these resources the cluster's nodes can hold, were they empty."""
+    import ray
+
+    return sum(_fitting(node["Resources"], resources) for node in ray.nodes() if node.get("Alive"))
+
+
+def _fitting(node: dict[str, float], resources: dict[str, float]) -> int:
+    # One without any resources fits where there is a CPU.
+    wanted = {name: amount for name, amount in resources.items() if amount} or {"CPU": 1.0}
+    return min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items())
+
+
+def require(resources: dict[str, float], count: int, field: str) -> None:
+    """Check that the cluster can ever hold ``count`` processes with these resources.
 
     Ray would wait for ever for what is not there.
 
@@ -118,11 +134,21 @@ def require(cpus: float, gpus: float, count: int, field: str) -> None:
     """
     import ray
 
+    if capacity(resources) >= count:
+        return
     there = ray.cluster_resources()
-    for name, each in (("CPU", cpus), ("GPU", gpus)):
+    for name, each in resources.items():
         have = there.get(name, 0.0)
-        if each and each * count > have:
+        if each * count > have:
+            unit = "GB of memory" if name == "memory" else f"{name}s"
+            scale = 1e9 if name == "memory" else 1
             raise InputError(
-                f"{field} asks for {count} x {each:g} = {each * count:g} {name}s, and the Ray "
-                f"cluster has {have:g}; ask for less, or give --address of a larger cluster"
+                f"{field} asks for {count} x {each / scale:g} = {each * count / scale:g} {unit}, "
+                f"and the Ray cluster has {have / scale:g}; ask for less, or give --address of a "
+                "larger cluster"
             )
+    wanted = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+    raise InputError(
+        f"{field} asks for {count} x ({wanted}), and the nodes of the Ray cluster have room for "
+        f"{capacity(resources)} of these; ask for less, or give --address of a larger cluster"
+    )

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,20 @@ import torch
 
 from sbi_dist.errors import InputError
 
-__all__ = ["SimulatorForm", "call", "detect_form", "row_streams", "seed_stream"]
+__all__ = [
+    "MOST_IN_BLOCK",
+    "RowStreams",
+    "SimulatorForm",
+    "call_batch",
+    "call_rows",
+    "detect_form",
+    "row_streams",
+    "seed_stream",
+]
+
+# Rows whose outcomes wait for the look at the global generators, which takes as long as ten.
+MOST_IN_BLOCK = 256
+_LONGEST_BLOCK_S = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +65,7 @@ class SimulatorForm:
 def seed_stream(sequence: np.random.SeedSequence) -> np.random.Generator:
     """A generator from ``sequence``; seeds python's, numpy's and torch's global ones as well."""
     state = sequence.generate_state(4, np.uint64)
-    _seed_globals(state)
+    _seed_globals(state.tolist())
     return np.random.Generator(np.random.Philox(key=state[2:]))
 
 
@@ -60,32 +74,155 @@ def row_streams(sequence: np.random.SeedSequence, rows: int) -> np.ndarray:
     return sequence.generate_state(2 * rows, np.uint64).reshape(rows, 2)
 
 
-def _seed_globals(state: np.ndarray) -> None:
-    random.seed(int(state[0]))
-    np.random.seed(int(state[0] & np.uint64(0xFFFFFFFF)))
-    torch.default_generator.manual_seed(int(state[1] >> np.uint64(1)))
+def _numpy_state() -> Any:
+    state = np.random.get_state(legacy=False)
+    assert isinstance(state, dict)
+    inner = state["state"]
+    return inner["key"].tobytes(), inner["pos"], state["has_gauss"]
 
 
-def call(
-    simulator: Callable[..., Any], form: SimulatorForm, theta: np.ndarray, stream: Any
-) -> np.ndarray:
-    """Simulate theta, float32 of shape (N, D) for a batched form, (D,) for a form of one row.
+# Python's, numpy's and torch's global generators: how each is seeded, and its state.
+_GLOBALS: dict[str, tuple[Callable[[Sequence[int]], Any], Callable[[], Any]]] = {
+    "random": (lambda state: random.seed(state[0]), random.getstate),
+    "numpy": (lambda state: np.random.seed(state[0] & 0xFFFFFFFF), _numpy_state),
+    "torch": (
+        lambda state: torch.default_generator.manual_seed(state[1] >> 1),
+        lambda: torch.default_generator.get_state().numpy().tobytes(),
+    ),
+}
 
-    ``stream`` is a ``SeedSequence`` or a row's key of :func:`row_streams`. Returns float32 of
-    shape (N, *x_shape) or x_shape; an x of another shape or type is a ``ValueError``, and what the
-    simulator raises passes through.
+
+def _seed_globals(state: Sequence[int]) -> None:
+    for seed, _ in _GLOBALS.values():
+        seed(state)
+
+
+class RowStreams:
+    """One generator that is set to the start of any row's stream.
+
+    Making a generator for each row, and seeding the global ones, takes longer than many a
+    simulation. So a global generator is seeded for each row only once the simulator is seen to use
+    it; :meth:`unseen` tells what rows must be run again for that.
     """
-    if isinstance(stream, np.random.SeedSequence):
-        rng = seed_stream(stream)
-    else:
-        if not form.takes_rng:
-            _seed_globals(stream)
-        rng = np.random.Generator(np.random.Philox(key=stream))
-    result = _invoke(simulator, form.library, form.takes_rng, theta, rng)
-    expected = (len(theta), *form.x_shape) if form.batched else form.x_shape
+
+    def __init__(self) -> None:
+        self._unused = set(_GLOBALS)
+        self._seeds: list[Callable[[Sequence[int]], Any]] = []
+        self._bits = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
+        self._start: Any = self._bits.state
+        self._rng = np.random.Generator(self._bits)
+
+    def at(self, key: Sequence[int]) -> np.random.Generator:
+        """The generator at the start of the stream of ``key``, two integers.
+
+        The global generators that the simulator uses are seeded as well.
+        """
+        self._start["state"]["key"] = key
+        self._bits.state = self._start
+        for seed in self._seeds:
+            seed(key)
+        return self._rng
+
+    def states(self, key: Sequence[int]) -> dict[str, Any]:
+        """States of the global generators that the simulator was not seen to use.
+
+        They are set by ``key`` first: a simulator that seeds a generator itself, and not always,
+        must not find and leave it in the same state.
+        """
+        for name in self._unused:
+            _GLOBALS[name][0](key)
+        return {name: _GLOBALS[name][1]() for name in self._unused}
+
+    def unseen(self, before: dict[str, Any]) -> bool:
+        """Whether the simulator used a generator that was not seeded since ``before``.
+
+        That generator is seeded from now on.
+        """
+        used = {name for name, state in before.items() if _GLOBALS[name][1]() != state}
+        self._unused -= used
+        self._seeds += [_GLOBALS[name][0] for name in _GLOBALS if name in used]
+        return bool(used)
+
+
+def call_batch(
+    simulator: Callable[..., Any],
+    form: SimulatorForm,
+    theta: np.ndarray,
+    stream: np.random.SeedSequence,
+) -> np.ndarray:
+    """Simulate a batch, theta float32 of shape (N, D); float32 of shape (N, *x_shape).
+
+    An x of another shape or type is a ``ValueError``, and what the simulator raises passes
+    through.
+    """
+    result = _invoke(simulator, form.library, form.takes_rng, theta, seed_stream(stream))
+    expected = (len(theta), *form.x_shape)
     if result.shape != expected:
         raise ValueError(f"x has shape {result.shape}, expected {expected}")
     return result
+
+
+def call_rows(
+    simulator: Callable[..., Any],
+    form: SimulatorForm,
+    theta: np.ndarray,
+    keys: np.ndarray,
+    keep: Callable[[int, Any, float], bool],
+    streams: RowStreams | None = None,
+    block: int = MOST_IN_BLOCK,
+) -> None:
+    """Simulate one row at a time, theta float32 of shape (N, D), in order.
+
+    Row i is a function of ``theta[i]`` and of the stream of ``keys[i]``. ``keep`` is called with
+    i, its float32 x of x_shape or the exception that it raised, and its seconds; where it gives
+    False, no further row is simulated. A batch simulator gets batches of one.
+
+    ``streams`` remembers from call to call which global generators the simulator uses. A row is
+    kept when its block of at most ``block`` rows is done.
+    """
+    streams = RowStreams() if streams is None else streams
+    library, with_rng, x_shape, batched = form.library, form.takes_rng, form.x_shape, form.batched
+    expected = (1, *x_shape) if batched else x_shape
+    # Copies: a simulator may write into its argument.
+    rows: Any = theta.astype(np.float64) if library == "numpy" else torch.from_numpy(theta.copy())
+    clock, at = time.perf_counter, streams.at
+
+    def run(start: int, stop: int) -> list[tuple[Any, float]]:
+        outcomes = []
+        for row, key in zip(range(start, stop), keys[start:stop].tolist(), strict=True):
+            argument = rows[row : row + 1] if batched else rows[row]
+            started = clock()
+            outcome: Any
+            try:
+                rng = at(key)
+                result = simulator(argument, rng=rng) if with_rng else simulator(argument)
+                outcome = _as_float32(result)
+                if outcome.shape != expected:
+                    raise ValueError(f"x has shape {outcome.shape}, expected {expected}")
+                if batched:
+                    outcome = outcome[0]
+            except (Exception, SystemExit) as error:
+                outcome = error
+            outcomes.append((outcome, clock() - started))
+        return outcomes
+
+    start, size = 0, 1
+    with torch.no_grad():
+        while start < len(theta):
+            stop = min(start + size, len(theta))
+            before, began = streams.states(keys[start].tolist()), clock()
+            outcomes = run(start, stop)
+            if streams.unseen(before):
+                rows[start:stop] = (torch.from_numpy if library == "torch" else np.asarray)(
+                    theta[start:stop]
+                )
+                continue
+            for row, (outcome, seconds) in enumerate(outcomes, start):
+                if not keep(row, outcome, seconds):
+                    return
+            start = stop
+            quick = clock() - began < _LONGEST_BLOCK_S
+            size = min(2 * size, block) if quick else max(size // 2, 1)
 
 
 def _invoke(
@@ -100,6 +237,10 @@ def _invoke(
 
 
 def _as_float32(result: Any) -> np.ndarray:
+    if type(result) is np.ndarray and result.dtype == np.float64:
+        # The usual case first; what does not fit into a float32 becomes infinite.
+        with np.errstate(over="ignore"):
+            return np.asarray(result, dtype=np.float32, order="C")
     if isinstance(result, torch.Tensor):
         result = result.detach().cpu().numpy()
     if result is None:
@@ -113,7 +254,8 @@ def _as_float32(result: Any) -> np.ndarray:
             f"x has dtype {array.dtype} ({type(result).__name__}), expected real numbers"
         )
     with np.errstate(over="ignore"):
-        return np.asarray(array, dtype=np.float32, order="C")
+        # A copy: a simulator may give the same array, with other numbers, for every row.
+        return np.array(array, dtype=np.float32, order="C")
 
 
 def takes_rng(simulator: Callable[..., Any]) -> bool:
@@ -166,9 +308,9 @@ def detect_form(
             apart, note = trial.keeps_rows_apart(draws, batch_shape, single)
             if apart or not isinstance(single, np.ndarray):
                 return SimulatorForm(True, library, rng, batch_shape, note)
-            return SimulatorForm(False, library, rng, single.shape, note)
+            return SimulatorForm(False, library, rng, trial.usual_shape(draws, single), note)
         if isinstance(single, np.ndarray):
-            return SimulatorForm(False, library, rng, single.shape)
+            return SimulatorForm(False, library, rng, trial.usual_shape(draws, single))
         for theta_shape, outcome in (((size,), single), ((rows, size), batch)):
             if outcome is not None:
                 failures.append(f"{library} theta of shape {theta_shape}: {outcome}")
@@ -192,6 +334,14 @@ class _Trial:
             first_line = (str(error).splitlines() or [""])[0]
             return f"{type(error).__name__}: {first_line}"
         return result if result.size else f"it returned x of shape {result.shape}, with no number"
+
+    def usual_shape(self, draws: np.ndarray, first: np.ndarray) -> tuple[int, ...]:
+        """The shape of x, of a simulator that gives another one now and then."""
+        second = self.run(draws[1])
+        if not isinstance(second, np.ndarray) or second.shape == first.shape:
+            return first.shape
+        third = self.run(draws[2])
+        return third.shape if isinstance(third, np.ndarray) else first.shape
 
     def keeps_rows_apart(
         self, draws: np.ndarray, x_shape: tuple[int, ...], single: np.ndarray | str | None

@@ -26,7 +26,7 @@ from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.problem import Problem
 from sbi_dist.progress import Progress
 from sbi_dist.session import connected
-from sbi_dist.store import ObjectStore, open_store
+from sbi_dist.store import ObjectStore
 
 __all__ = ["LEAST_SAMPLE_SIZE", "MANIFEST", "PREDICTIVE", "Draws", "infer", "read_draws"]
 
@@ -175,10 +175,10 @@ def _weighted(
 class PartWriter:
     """Holds the model and writes parts. A plain class; the driver makes Ray actors of it."""
 
-    def __init__(self, model_uri: str, target_uri: str, options: InferOptions) -> None:
+    def __init__(self, model: ObjectStore, target: ObjectStore, options: InferOptions) -> None:
         torch.set_num_threads(1)
-        self._posterior = Posterior.load(model_uri)
-        self._target, self._options = open_store(target_uri), options
+        self._posterior = Posterior.from_store(model)
+        self._target, self._options = target, options
 
     def write(self, number: int, part: Catalog) -> int:
         """Draw and store part ``number``; the number of its observations."""
@@ -202,7 +202,7 @@ def _on_ray(
 
     count = min(len(missing), max(1, math.floor(ray.cluster_resources().get("CPU", 1))))
     actor_class = ray.remote(num_cpus=1)(PartWriter)
-    idle = [actor_class.remote(model.uri, target.uri, options) for _ in range(count)]
+    idle = [actor_class.remote(model, target, options) for _ in range(count)]
     actors, queue = list(idle), list(reversed(missing))
     running: dict[Any, tuple[Any, int]] = {}
     deaths = 0
@@ -227,7 +227,7 @@ def _on_ray(
                             "kept, run the command again to go on"
                         ) from error
                     queue.append(start)
-                    replacement = actor_class.remote(model.uri, target.uri, options)
+                    replacement = actor_class.remote(model, target, options)
                     actors.append(replacement)
                     idle.append(replacement)
     finally:

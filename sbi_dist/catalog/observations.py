@@ -15,6 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from sbi_dist.errors import InputError
+from sbi_dist.store import open_store
 
 __all__ = ["Catalog", "read_catalog"]
 
@@ -50,7 +51,7 @@ def make_catalog(name: str, ids: list[str], x: np.ndarray) -> Catalog:
 
 
 def read_catalog(path: str, x_shape: tuple[int, ...]) -> Catalog:
-    """Observations from a .parquet, .csv or .npy file.
+    """Observations from a .parquet, .csv or .npy file, or such an object at ``s3://bucket/path``.
 
     - npy: an array of shape (B, *x_shape), (B, flat size), or one observation.
     - csv: a header; one row an observation, one numeric column for each number of x in order; a
@@ -62,12 +63,7 @@ def read_catalog(path: str, x_shape: tuple[int, ...]) -> Catalog:
         InputError: no such file, another format, the wrong shape, or no usable observation.
     """
     file = Path(path).expanduser()
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"--observations {path}: the file can't be read ({error.strerror})"
-        ) from error
+    data = _read_object(path) if path.startswith("s3://") else _read_file(path)
     readers = {".npy": _from_npy, ".csv": _from_csv, ".parquet": _from_parquet}
     if file.suffix.lower() not in readers:
         raise InputError(
@@ -97,6 +93,28 @@ def read_catalog(path: str, x_shape: tuple[int, ...]) -> Catalog:
             "holds NaN, null or infinite values"
         )
     return catalog
+
+
+def _read_file(path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"--observations {path}: the file can't be read ({error.strerror})"
+        ) from error
+
+
+def _read_object(uri: str) -> bytes:
+    folder, _, name = uri.rpartition("/")
+    try:
+        # Nothing is lost yet when a command gives up at its start, so it does not wait for long.
+        return open_store(folder, patience_s=60.0).get(name)
+    except KeyError:
+        raise InputError(
+            f"--observations {uri}: there is no such object; give one that exists"
+        ) from None
+    except ValueError as error:  # also a name that is empty
+        raise InputError(f"--observations {uri}: {error}") from None
 
 
 def _shaped(

@@ -68,17 +68,22 @@ def defaults_for(options: TrainOptions, training: int) -> tuple[int, int]:
 def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indexes of the training and of the validation simulations.
 
+    One random row of each 1 / fraction is held out. More rows behind these change nothing for
+    them, so that what a model was trained on is not what its successor is validated on.
+
     Raises:
         InputError: too few simulations for both.
     """
-    held_out = max(1, round(count * fraction))
-    if count < 20 or count - held_out < 10:
+    edges = np.floor(np.arange(int(count * fraction) + 2) / fraction)
+    picks = np.random.Generator(np.random.Philox(key=seed)).random(len(edges) - 1)
+    held_out = np.floor(edges[:-1] + picks * np.diff(edges)).astype(int)
+    held_out = held_out[held_out < count]
+    if count < 20 or len(held_out) < 1 or count - len(held_out) < 10:
         raise InputError(
             f"train: {count} usable simulations are too few; at least 20 are needed (raise "
             "simulate.num_simulations)"
         )
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(count)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    return np.setdiff1d(np.arange(count), held_out, assume_unique=True), held_out
 
 
 def fit(
@@ -89,6 +94,8 @@ def fit(
     workers: Workers = Workers(),
     checkpoints: Checkpoints | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
+    start: DensityEstimator | None = None,
+    until: Callable[[], bool] | None = None,
 ) -> tuple[DensityEstimator, dict[str, Any]]:
     """Train a density estimator on simulations.
 
@@ -99,6 +106,9 @@ def fit(
         workers: this worker's place; all workers get the same arguments otherwise.
         checkpoints: None trains without.
         report: called after each epoch with the history so far.
+        start: an estimator of the same architecture, whose weights and standardization are taken
+            up: one trained on the first of these simulations, say.
+        until: asked after each epoch whether to stop; None trains to the end.
 
     Returns:
         The estimator with the weights of the best validation loss, and the history: ``epoch``,
@@ -110,14 +120,21 @@ def fit(
         StageError: the loss is not a finite number.
     """
     training, held_out = split(len(theta), options.validation_fraction, options.seed)
-    standardization = Standardization.fit(theta[training], x[training], *bounds, options.x_scale)
+    standardization = (
+        Standardization.fit(theta[training], x[training], *bounds, options.x_scale)
+        if start is None
+        else start.standardization
+    )
     u, log_det = standardization.u(torch.from_numpy(theta))
     x_in = standardization.x(torch.from_numpy(x))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         estimator = DensityEstimator(options, standardization, x.shape[1:])
     rows = torch.from_numpy(training)
-    estimator.flow.initialize(u[rows[:100_000]], x_in[rows[:100_000]])
+    if start is None:
+        estimator.flow.initialize(u[rows[:100_000]], x_in[rows[:100_000]])
+    else:
+        estimator.flow.load_state_dict(start.flow.state_dict())
     data = _Data(
         u[rows].to(workers.device),
         x_in[rows].to(workers.device),
@@ -127,7 +144,7 @@ def fit(
         float(log_det[held_out].mean()),
     )
     estimator.flow.to(workers.device)
-    state = _Training(estimator, data, options, workers)
+    state = _Training(estimator, data, options, workers, until)
     if checkpoints is not None:
         state.resume(checkpoints.latest())
     state.run(checkpoints, report)
@@ -150,9 +167,14 @@ class _Training:
     """The state of an optimization, and its steps."""
 
     def __init__(
-        self, estimator: DensityEstimator, data: _Data, options: TrainOptions, workers: Workers
+        self,
+        estimator: DensityEstimator,
+        data: _Data,
+        options: TrainOptions,
+        workers: Workers,
+        until: Callable[[], bool] | None = None,
     ) -> None:
-        self.options, self.workers, self.data = options, workers, data
+        self.options, self.workers, self.data, self.until = options, workers, data, until
         self.batch, self.patience = defaults_for(options, len(data.u))
         if self.batch < workers.count:
             raise InputError(
@@ -268,13 +290,13 @@ class _Training:
             self.flow.load_state_dict(self.best)
             self.optimizer.state.clear()
         limit = self.options.max_seconds
-        # The clocks of the workers differ: all do what the first one finds.
-        late = (
-            limit is not None
-            and self.workers.total(float(self.seconds >= limit) if self.workers.rank == 0 else 0.0)[
-                0
-            ]
-        )
+        late = False
+        if limit is not None or self.until is not None:
+            # The clocks of the workers differ: all do what the first one finds.
+            if self.workers.rank == 0:
+                late = limit is not None and self.seconds >= limit
+                late = late or (self.until is not None and self.until())
+            late = self.workers.total(float(late))[0] > 0
         self.finished = bool(
             self.lowered > self.options.decays
             or history["epoch"][-1] >= self.options.max_epochs

@@ -20,17 +20,18 @@ from typing import Any
 import numpy as np
 
 from sbi_dist.errors import InputError, StageError
-from sbi_dist.estimation.bundle import BUNDLE, save_bundle
+from sbi_dist.estimation.bundle import BUNDLE, load_bundle, save_bundle
 from sbi_dist.estimation.loop import Checkpoints, Workers, fit
 from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.progress import duration, say
 from sbi_dist.session import require
 from sbi_dist.simulation.dataset import Dataset
-from sbi_dist.store import ObjectStore, open_store
+from sbi_dist.store import ObjectStore
 
-__all__ = ["METRICS", "train"]
+__all__ = ["METRICS", "STOP", "train"]
 
 METRICS = "metrics.json"
+STOP = "stop"
 _CHECKPOINTS_KEPT = 2
 _REPORT_EVERY_S = 1.0
 
@@ -43,11 +44,14 @@ def train(
     options: TrainOptions,
     about: dict[str, Any],
     show_progress: bool = True,
+    start: ObjectStore | None = None,
+    stoppable: bool = False,
 ) -> dict[str, Any]:
     """Fit an estimator to the given shards of a dataset and write its bundle to ``model``.
 
     Returns the content of ``bundle.json``; at once where the bundle is there already. Ray must be
-    connected.
+    connected. ``start`` is the folder of a model whose weights and standardization are taken up;
+    where it is ``stoppable``, an object ``stop`` in ``model`` ends the training after its epoch.
 
     Raises:
         InputError: too few simulations, a damaged shard, or more workers than the cluster holds.
@@ -60,12 +64,14 @@ def train(
 
     resources = _resources(options)
     config = {
-        "dataset": dataset.uri,
+        "dataset": dataset,
         "shards": shards,
         "bounds": [bound.tolist() for bound in bounds],
-        "model": model.uri,
+        "model": model,
         "options": options,
         "about": about,
+        "start": start,
+        "stoppable": stoppable,
         "threads": max(1, int(resources["CPU"])),
     }
     # Ray's own bookkeeping of the run; what the stage needs to resume is in the store.
@@ -109,7 +115,7 @@ def train(
         raise kind(metrics["failed"]["message"])
     if not model.exists(BUNDLE):
         raise StageError("train: the workers ended without a model; run the command again")
-    for key in list(model.list("checkpoints/")):
+    for key in [*model.list("checkpoints/"), STOP]:
         model.delete(key)
     return json.loads(model.get(BUNDLE))
 
@@ -128,7 +134,8 @@ def _resources(options: TrainOptions) -> dict[str, float]:
         wide = options.hidden_features > 256 and not gpus
         cpus = min(8.0, max(1.0, there.get("CPU", 1.0) // workers)) if wide else 1.0
     if options.workers:
-        require(cpus, gpus, workers, "train.workers")
+        wanted = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+        require(wanted, workers, "train.workers")
     return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
 
 
@@ -156,7 +163,7 @@ def _work(config: dict[str, Any]) -> None:
     )
     before = torch.get_num_threads()
     torch.set_num_threads(config["threads"])
-    model = open_store(config["model"])
+    model: ObjectStore = config["model"]
     try:
         _fit_and_save(config, options, workers, model)
     except (InputError, StageError) as error:
@@ -173,7 +180,7 @@ def _work(config: dict[str, Any]) -> None:
 def _fit_and_save(
     config: dict[str, Any], options: TrainOptions, workers: Workers, model: ObjectStore
 ) -> None:
-    simulations = Dataset(open_store(config["dataset"])).read_all(config["shards"])
+    simulations = Dataset(config["dataset"]).read_all(config["shards"])
     usable = simulations.ok
     low, high = (np.array(bound) for bound in config["bounds"])
     reporter = _Reporter(model) if workers.rank == 0 else None
@@ -185,6 +192,8 @@ def _fit_and_save(
         workers,
         _checkpoints(model, options.checkpoint_every_s),
         reporter,
+        None if config["start"] is None else load_bundle(config["start"])[0],
+        _Stop(model) if config["stoppable"] else None,
     )
     if workers.rank == 0:
         model.put(METRICS, json.dumps(history).encode())
@@ -193,6 +202,19 @@ def _fit_and_save(
             for key in ("best_epoch", "best_validation_loss", "seconds", "training_simulations")
         }
         save_bundle(model, estimator, {**config["about"], "training": summary})
+
+
+class _Stop:
+    """Whether somebody asked for the end of the training; looks once a second."""
+
+    def __init__(self, model: ObjectStore) -> None:
+        self._model, self._last = model, 0.0
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self._last < _REPORT_EVERY_S:
+            return False
+        self._last = time.monotonic()
+        return self._model.exists(STOP)
 
 
 class _Reporter:

@@ -1,5 +1,7 @@
 """Problems that come with the package, each a module with a ``problem``.
 
+``sbi_dist.problems.coalescent:problem``
+    Population growth from a site-frequency spectrum, simulated by msprime (extra ``coalescent``).
 ``sbi_dist.problems.gaussian:problem``
     Three shifted parameters with Gaussian noise: the amortized tutorial of the sbi toolbox. Its
     posterior is known in closed form.

@@ -1,7 +1,7 @@
 """The report: plots, posterior tables and one self-contained HTML page.
 
-Plain data in (numbers, strings, arrays), figures or bytes out.  Nothing here simulates, trains,
-draws from a posterior or writes files.
+Plain data in (numbers, strings, arrays), figures or bytes out.  Only ``gather`` and ``recovery``
+know of stores and models; they are not imported here.
 
 matplotlib is imported when a plot is first asked for, not when this package is imported, so
 that commands which draw nothing do not pay for it.
@@ -18,6 +18,7 @@ from sbi_dist.report.content import (
     ModelFacts,
     ObservationFacts,
     PredictiveAxes,
+    RecoveryFacts,
     ReportContent,
 )
 from sbi_dist.report.coverage import predictive_coverage
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
     from sbi_dist.report.plots import (
         pairplot,
         predictive_check,
+        recovery_panels,
         simulation_outcomes,
         training_curve,
     )
 
-_PLOTS = frozenset({"pairplot", "predictive_check", "simulation_outcomes", "training_curve"})
+_PLOTS = frozenset(
+    {"pairplot", "predictive_check", "recovery_panels", "simulation_outcomes", "training_curve"}
+)
 
 __all__ = [
     "DatasetFacts",
@@ -40,12 +44,14 @@ __all__ = [
     "ModelFacts",
     "ObservationFacts",
     "PredictiveAxes",
+    "RecoveryFacts",
     "ReportContent",
     "format_table",
     "pairplot",
     "posterior_table",
     "predictive_check",
     "predictive_coverage",
+    "recovery_panels",
     "render",
     "simulation_outcomes",
     "training_curve",

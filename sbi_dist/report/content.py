@@ -28,7 +28,7 @@ class DatasetFacts:
         dataset_id: identifier of the stored simulations.
         simulations: how many were run, failed ones included.
         status_counts: simulations by status (ok, nonfinite, error, timeout, crashed).
-        durations: (N,) seconds a simulation; may be empty.
+        durations: (N,) seconds a simulation, of the first N simulations; may be empty.
         failures: kinds of failure, most frequent first; plain tuples will do.
     """
 
@@ -82,6 +82,23 @@ class ObservationFacts:
 
 
 @dataclass(frozen=True, eq=False)
+class RecoveryFacts:
+    """Posteriors of N simulations that the model was not trained on, and their parameters.
+
+    Attributes:
+        truth: (N, D) parameters that were simulated.
+        low, median, high: (N, D) 5 %, 50 % and 95 % quantiles of the posteriors.
+        notes: what to know about these simulations or posteriors, each a sentence.
+    """
+
+    truth: np.ndarray
+    low: np.ndarray
+    median: np.ndarray
+    high: np.ndarray
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class PredictiveAxes:
     """How observations are labelled; see :func:`sbi_dist.report.predictive_check`."""
 
@@ -109,8 +126,10 @@ class ReportContent:
         units: D units, each may be None.
         prior_draws: (M, D), the grey underlay of the pair plots.
         prior_description: the prior in lines of text.
+        bounds: (D, 2) the prior's support, which may be infinite; None where it is not known.
         limits: (D, 2) plotted range of the parameters; None lets the draws decide.
         axes: how observations are labelled.
+        recovery: how well known parameters are recovered; None leaves that section out.
         versions: library name to version.
         notes: caveats, each a sentence or two, shown at the top.
     """
@@ -127,7 +146,9 @@ class ReportContent:
     units: Sequence[str | None] | None = None
     prior_draws: np.ndarray | None = None
     prior_description: Sequence[str] = ()
+    bounds: np.ndarray | None = None
     limits: np.ndarray | None = None
     axes: PredictiveAxes = field(default_factory=PredictiveAxes)
+    recovery: RecoveryFacts | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()

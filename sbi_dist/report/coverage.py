@@ -1,6 +1,8 @@
-"""Posterior predictive numbers: how simulated observations divide into series, and coverage.
+"""Coverage: how many values lie within the intervals that should hold them, and by chance.
 
-A *series* is what gets one sentence and, where it fits, one panel.  No plotting here.
+Of posterior predictive intervals, for which observations are divided into *series*: what gets one
+sentence and, where it fits, one panel. And of posterior intervals of known parameters.  No
+plotting here.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sbi_dist.report.arrays import FloatArray, as_float_array
+from sbi_dist.report.content import RecoveryFacts
 
 MAX_COMPONENTS = 12
 MAX_SERIES = 12
@@ -99,3 +102,19 @@ def predictive_coverage(x_draws: Any, observed: Any, level: float = 0.95) -> lis
     if not 0.0 < level < 1.0:
         raise ValueError(f"level is {level!r}; allowed: a number between 0 and 1")
     return inside(arrange(x_draws, observed), level)
+
+
+def recovered(recovery: RecoveryFacts) -> tuple[list[int], list[float]]:
+    """Of each parameter: how many true values the intervals hold, and corr(median, truth)."""
+    truth, median = recovery.truth, recovery.median
+    within = (truth >= recovery.low) & (truth <= recovery.high)
+    correlations = [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(truth.T, median.T, strict=True)]
+    return within.sum(axis=0).tolist(), correlations
+
+
+def chance_range(total: int, probability: float, level: float = 0.95) -> tuple[int, int]:
+    """The central range that holds a binomial count with at least probability ``level``."""
+    from scipy.stats import binom  # here, since it takes a second to import
+
+    low, high = binom.interval(level, total, probability)
+    return int(low), int(high)

@@ -15,7 +15,7 @@ from sbi_dist.catalog.infer import LEAST_SAMPLE_SIZE, MANIFEST, PREDICTIVE, read
 from sbi_dist.estimation.trainer import METRICS
 from sbi_dist.experiment import Experiment
 from sbi_dist.posterior.posterior import Posterior
-from sbi_dist.priors import describe, prior_from_data, sample_prior
+from sbi_dist.priors import describe, prior_from_data, sample_prior, support_bounds
 from sbi_dist.problem import Problem
 from sbi_dist.report.content import (
     DatasetFacts,
@@ -26,9 +26,11 @@ from sbi_dist.report.content import (
     ReportContent,
 )
 from sbi_dist.report.page import render
+from sbi_dist.report.recovery import recover
 from sbi_dist.report.table import format_table, posterior_table
 from sbi_dist.simulation.dataset import Dataset
-from sbi_dist.simulation.driver import failures, frequent_failures
+from sbi_dist.simulation.failures import frequent_failures
+from sbi_dist.simulation.shard import ShardRecord
 from sbi_dist.store import ObjectStore
 
 __all__ = ["Finished", "write_report"]
@@ -67,7 +69,8 @@ def write_report(finished: Finished) -> tuple[ObjectStore, str]:
 
 def _content(finished: Finished) -> ReportContent:
     problem, experiment = finished.problem, finished.experiment
-    about = Posterior.from_store(finished.model).about
+    posterior = Posterior.from_store(finished.model)
+    about = posterior.about
     history = json.loads(finished.model.get(METRICS))
     history["training_loss"] = [
         float("nan") if loss is None else loss for loss in history["training_loss"]
@@ -75,7 +78,9 @@ def _content(finished: Finished) -> ReportContent:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         prior_draws = sample_prior(problem.prior, _PRIOR_DRAWS)
-    dataset, notes = _dataset(finished.store, about)
+    stored = Dataset(finished.store.child(f"simulations/{about['dataset']['id']}"))
+    records = stored.stored().records
+    dataset, notes = _dataset(stored, records, about)
     trained_prior = prior_from_data(about["prior"])
     if about["dataset"]["round"] > 1 and trained_prior is not None:
         notes.append(
@@ -94,6 +99,7 @@ def _content(finished: Finished) -> ReportContent:
         units=list(problem.parameter_units) if problem.parameter_units else None,
         prior_draws=prior_draws,
         prior_description=describe(problem.prior),
+        bounds=np.stack(support_bounds(problem.prior), axis=1),
         dataset=dataset,
         model=ModelFacts(
             model_id=finished.model_id,
@@ -113,6 +119,9 @@ def _content(finished: Finished) -> ReportContent:
             value_label=axis.value_label or None,
             log_scale=axis.log,
         ),
+        recovery=recover(
+            posterior, stored, records, weighted=_proposals(finished.draws) is not None
+        ),
         settings=experiment.resolved(),
         versions=about["versions"],
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -120,18 +129,18 @@ def _content(finished: Finished) -> ReportContent:
     )
 
 
-def _dataset(store: ObjectStore, about: dict[str, Any]) -> tuple[DatasetFacts, list[str]]:
+def _dataset(
+    dataset: Dataset, stored: dict[int, ShardRecord], about: dict[str, Any]
+) -> tuple[DatasetFacts, list[str]]:
     """The simulations that the model was trained on."""
-    dataset_id = about["dataset"]["id"]
-    dataset = Dataset(store.child(f"simulations/{dataset_id}"))
     used = {index for index, _ in about["dataset"]["shards"]}
-    records = [record for index, record in sorted(dataset.stored().items()) if index in used]
+    records = [stored[index] for index in sorted(used & stored.keys())]
     counts: dict[str, int] = {}
     for record in records:
         for name, count in record.statuses.items():
             counts[name] = counts.get(name, 0) + count
     total = sum(record.rows for record in records)
-    failed = sum(failures(record) for record in records)
+    failed = sum(record.failures for record in records)
     notes = []
     if failed:
         notes.append(
@@ -141,7 +150,7 @@ def _dataset(store: ObjectStore, about: dict[str, Any]) -> tuple[DatasetFacts, l
     # Enough shards for a histogram of run times.
     durations = [dataset.read(record.index).duration_s for record in records[:8]]
     facts = DatasetFacts(
-        dataset_id=dataset_id,
+        dataset_id=about["dataset"]["id"],
         simulations=total,
         status_counts=counts,
         durations=np.concatenate(durations) if durations else np.zeros(0),
@@ -153,23 +162,28 @@ def _dataset(store: ObjectStore, about: dict[str, Any]) -> tuple[DatasetFacts, l
     return facts, notes
 
 
+def _proposals(target: ObjectStore) -> int | None:
+    """How many of the network's draws were weighted for each observation; None: they were not."""
+    return json.loads(target.get(MANIFEST))["proposals"]
+
+
 def _weighting_notes(target: ObjectStore) -> list[str]:
     """What importance weights did to the draws, where they were used."""
-    manifest = json.loads(target.get(MANIFEST))
-    if manifest["proposals"] is None:
+    proposals = _proposals(target)
+    if proposals is None:
         return []
     read = read_draws(target, 1)
     size = float(read.effective_sample_sizes[0])
     if read.statuses[0] == "low_ess":
         return [
-            f"Importance weights were given up: {manifest['proposals']:,} draws had an effective "
+            f"Importance weights were given up: {proposals:,} draws had an effective "
             f"sample size of {size:,.0f}, less than {LEAST_SAMPLE_SIZE}. The draws are the "
             "network's own; train it longer or on more simulations."
         ]
     return [
         f"The draws are the network's, weighted by the known likelihood and resampled: "
-        f"{manifest['proposals']:,} draws have an effective sample size of {size:,.0f} "
-        f"({size / manifest['proposals']:.1%})."
+        f"{proposals:,} draws have an effective sample size of {size:,.0f} "
+        f"({size / proposals:.1%})."
     ]
 
 

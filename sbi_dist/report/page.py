@@ -36,7 +36,7 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
     Returns:
         File name to bytes: ``index.html``, which needs no other file, and its pictures:
         ``pairplot.png``, ``predictive.png`` (``pairplot-0001.png`` and so on where there are
-        several observations), ``training.png`` and ``simulations.png``.
+        several observations), ``recovery.png``, ``training.png`` and ``simulations.png``.
 
     Raises:
         ValueError: content whose lengths do not agree; the message names the field.
@@ -68,7 +68,16 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
             _observation(content, observation, f"-{index:04d}" if several else "", picture)
             for index, observation in enumerate(content.observations[:max_observations], start=1)
         ]
-        dataset = content.dataset
+        dataset, recovery = content.dataset, content.recovery
+        recovered = None
+        if recovery is not None:
+            recovered = picture(
+                "recovery.png",
+                "Posterior median and 90 % interval against the true value, by parameter",
+                lambda: plots.recovery_panels(
+                    recovery, wording.labelled(content.parameter_names, content.units)
+                ),
+            )
         training = picture(
             "training.png",
             "Training and validation loss by epoch",
@@ -86,8 +95,13 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
         headings=HEADINGS,
         observations=observations,
         hidden=len(content.observations) - len(observations),
+        recovered=recovered,
+        recovery_sentence=None
+        if recovery is None
+        else wording.recovery_sentence(recovery, content.parameter_names),
         training=training,
         simulations=simulations,
+        simulations_caption=wording.simulations_caption(dataset),
         training_time=wording.duration(content.model.training_seconds),
         outcomes=_outcomes(content),
         failures=[
@@ -136,6 +150,16 @@ def _check(content: ReportContent) -> None:
                 f"{field} has shape {shape}; allowed: (N, {dimension}), one column for each of "
                 "parameter_names"
             )
+    recovery = content.recovery
+    if recovery is not None:
+        count = len(recovery.truth)
+        for field in ("truth", "low", "median", "high"):
+            shape = np.shape(getattr(recovery, field))
+            if shape != (count, dimension) or count < 2:
+                raise ValueError(
+                    f"recovery.{field} has shape {shape}; allowed: (N, {dimension}) with N at "
+                    "least 2, the same for truth, low, median and high"
+                )
     for index, observation in enumerate(content.observations):
         truth = observation.true_parameters
         if truth is not None and np.shape(truth) != (dimension,):
@@ -185,8 +209,9 @@ def _observation(
                 observation.draws,
                 points=marks,
                 limits=content.limits,
-                labels=content.parameter_names,
+                labels=wording.labelled(content.parameter_names, content.units),
                 prior_samples=content.prior_draws,
+                bounds=content.bounds,
             )[0],
         )
     if observation.observed is None or observation.predictive is None:

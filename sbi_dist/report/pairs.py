@@ -7,20 +7,20 @@ themselves are corner's.
 from __future__ import annotations
 
 import inspect
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import corner
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import ScalarFormatter
 
 from sbi_dist.report import style
 from sbi_dist.report.arrays import FloatArray, as_draws, as_float_array, thin
+from sbi_dist.report.ticks import Ticks, axis_name, fit_ticks
 
 MAX_PLOTTED = 50_000
 CONTOUR_LEVELS = (0.5, 0.95)
@@ -28,8 +28,11 @@ CONTOUR_LEVELS = (0.5, 0.95)
 _MIN_FOR_CONTOURS = 300
 # How much wider than the posterior the window may grow to show the prior.
 _MAX_WIDENING = 2.0
-# From an axis to its name: inches that fit slanted tick labels.
-_NAME_DISTANCE = 0.46
+# Between panels, in parts of a panel.
+_GAP = 0.06
+# From a bottom axis to its name, and the most that tick labels of a left one should take; inches.
+_NAME_BELOW, _TICK_ROOM = 0.27, 0.6
+_NAME_WIDTH = 15  # letters in a line of a parameter's name
 _OURS = {
     "fig": "figsize",
     "labels": "labels",
@@ -47,6 +50,7 @@ def pairplot(
     labels: Sequence[str] | None = None,
     figsize: tuple[float, float] | None = None,
     prior_samples: Any = None,
+    bounds: Any = None,
     **corner_options: Any,
 ) -> tuple[Figure, np.ndarray]:
     """Plot the one- and two-dimensional marginals of posterior draws.
@@ -62,6 +66,8 @@ def pairplot(
         figsize: width and height in inches.
         prior_samples: prior draws (M, D), drawn grey beneath the posterior; in
             the panels of two parameters, the region that holds 95 % of them.
+        bounds: the prior's support, ``[low, high]`` for each parameter, which may be infinite.
+            Histograms end there, and so do panels without ``limits`` or points beyond.
         **corner_options: passed to ``corner.corner``, over this function's own choices.
 
     Returns:
@@ -85,11 +91,18 @@ def pairplot(
                 "as samples has"
             )
     names = _read_labels(labels, dimension)
-    window = _window(draws, marks, prior) if limits is None else _read_limits(limits, dimension)
+    support = _read_bounds(bounds, dimension)
+    if limits is None:
+        window = _window(draws, marks, prior, support)
+        window, bins = _aligned(window, _bins(draws, window), support)
+    else:
+        window = _read_limits(limits, dimension)
+        bins = _bins(draws, window)
     for j, (low, high) in enumerate(window):
         if not np.any((draws[:, j] >= low) & (draws[:, j] <= high)):
+            field = "bounds" if limits is None else "limits"
             raise ValueError(
-                f"limits[{j}] is [{low:g}, {high:g}] and holds none of the samples, which span "
+                f"{field}[{j}] is [{low:g}, {high:g}] and holds none of the samples, which span "
                 f"[{draws[:, j].min():g}, {draws[:, j].max():g}]; allowed: a range with samples"
             )
 
@@ -98,18 +111,19 @@ def pairplot(
             side = min(1.0 + (1.75 if dimension <= 4 else 1.45) * dimension, 18.0)
             figsize = (4.6, 3.2) if dimension == 1 else (side, side)
         figure = style.new_figure(*figsize, constrained=False)
-        panel = min(figsize) / dimension - 1.0 / dimension - 0.05
-        arguments = _corner_arguments(draws, window, names)
-        arguments["labelpad"] = _NAME_DISTANCE / max(panel, 0.2) - 0.3  # corner adds 0.3
+        arguments = _corner_arguments(draws, window, bins, names)
         # corner writes into the dictionaries it is given; the user's stay as they were.
         arguments |= {k: dict(v) if isinstance(v, dict) else v for k, v in options.items()}
         corner.corner(draws, fig=figure, **arguments)
         axes = np.array(figure.axes, dtype=object).reshape(dimension, dimension)
         if prior is not None:
-            _underlay_prior(axes, prior, window)
+            _underlay_prior(axes, prior, window, support)
         if marks is not None:
             _mark_points(axes, marks)
-        _finish(figure, axes, names, prior is not None, marks is not None)
+        most = options.get("max_n_ticks", arguments["max_n_ticks"])
+        _finish(figure, axes, names, most, "labelpad" in options)
+        if prior is not None or marks is not None:
+            _legend(figure, dimension, prior is not None, marks is not None)
     return figure, axes
 
 
@@ -171,7 +185,21 @@ def _read_limits(limits: Any, dimension: int) -> FloatArray:
     return pairs
 
 
-def _window(draws: FloatArray, marks: FloatArray | None, prior: FloatArray | None) -> FloatArray:
+def _read_bounds(bounds: Any, dimension: int) -> FloatArray:
+    if bounds is None:
+        return np.tile([-np.inf, np.inf], (dimension, 1))
+    pairs = as_float_array(bounds, "bounds")
+    if pairs.shape != (dimension, 2) or not (pairs[:, 0] < pairs[:, 1]).all():
+        raise ValueError(
+            f"bounds is {pairs.tolist()}; allowed: ({dimension}, 2), [low, high] a parameter "
+            "with low < high"
+        )
+    return pairs
+
+
+def _window(
+    draws: FloatArray, marks: FloatArray | None, prior: FloatArray | None, support: FloatArray
+) -> FloatArray:
     """Plotted range (D, 2): the posterior's bulk, grown to the points and towards the prior."""
     low, high = np.quantile(draws, [0.001, 0.999], axis=0)
     width = high - low
@@ -183,6 +211,7 @@ def _window(draws: FloatArray, marks: FloatArray | None, prior: FloatArray | Non
         margin = 0.02 * (prior.max(axis=0) - prior.min(axis=0))
         low = np.minimum(low, np.maximum(prior.min(axis=0) - margin, low - room))
         high = np.maximum(high, np.minimum(prior.max(axis=0) + margin, high + room))
+    low, high = np.maximum(low, support[:, 0]), np.minimum(high, support[:, 1])
     if marks is not None:
         low = np.minimum(low, marks.min(axis=0) - 0.08 * width)
         high = np.maximum(high, marks.max(axis=0) + 0.08 * width)
@@ -198,13 +227,32 @@ def _bins(draws: FloatArray, window: FloatArray) -> list[int]:
     return [int(n) for n in np.clip(np.round(across * ratio), 12, 80)]
 
 
-def _corner_arguments(draws: FloatArray, window: FloatArray, names: list[str]) -> dict[str, Any]:
+def _aligned(
+    window: FloatArray, bins: list[int], support: FloatArray
+) -> tuple[FloatArray, list[int]]:
+    """Window and bins with an edge of a bin at each bound that lies within the window."""
+    window, bins = window.copy(), list(bins)
+    for j, count in enumerate(bins):
+        inner = np.clip(window[j], *support[j])
+        outside = np.abs(window[j] - inner)
+        if outside.any():
+            bins[j] = max(1, round(count * (inner[1] - inner[0]) / (window[j, 1] - window[j, 0])))
+            width = (inner[1] - inner[0]) / bins[j]
+            beyond = np.ceil(outside / width)
+            window[j] = inner + [-1, 1] * beyond * width
+            bins[j] += int(beyond.sum())
+    return window, bins
+
+
+def _corner_arguments(
+    draws: FloatArray, window: FloatArray, bins: list[int], names: list[str]
+) -> dict[str, Any]:
     many = draws.shape[0] >= _MIN_FOR_CONTOURS
     dimension = draws.shape[1]
     return {
-        "bins": _bins(draws, window),
+        "bins": bins,
         "range": [tuple(pair) for pair in window],
-        "labels": [_wrapped(name) for name in names],
+        "labels": names,
         "color": style.POSTERIOR,
         "levels": CONTOUR_LEVELS,
         "smooth": 1.2 if many else None,
@@ -224,13 +272,17 @@ def _corner_arguments(draws: FloatArray, window: FloatArray, names: list[str]) -
     }
 
 
-def _underlay_prior(axes: np.ndarray, prior: FloatArray, window: FloatArray) -> None:
+def _underlay_prior(
+    axes: np.ndarray, prior: FloatArray, window: FloatArray, support: FloatArray
+) -> None:
     """Draw the prior beneath what corner drew, in the window chosen for the posterior."""
     count, dimension = prior.shape
-    whole = _window(prior, None, None)
+    # Beyond the bounds: else the least dense 5 % of a flat prior were holes somewhere within.
+    whole = _window(prior, None, None, _read_bounds(None, dimension))
     for j in range(dimension):
         axis: Axes = axes[j, j]
-        bins = np.linspace(window[j, 0], window[j, 1], 25)
+        low, high = np.clip(window[j], *support[j])
+        bins = np.linspace(low, high, 25)
         # Scaled by all prior draws, not by those in the window, so that heights compare.
         weights = np.full(count, 1.0 / (count * (bins[1] - bins[0])))
         heights, _ = np.histogram(prior[:, j], bins=bins, weights=weights)
@@ -297,47 +349,61 @@ def _mark_points(axes: np.ndarray, marks: FloatArray) -> None:
             )
 
 
-def _wrapped(name: str, width: int = 15) -> str:
-    """Long names on several lines, broken at spaces and underscores."""
-    if len(name) <= width or "$" in name:
-        return name
-    lines = textwrap.wrap(name.replace("_", "_\u200b "), width + 2)
-    return "\n".join(line.replace("_\u200b ", "_").replace("\u200b", "") for line in lines)
-
-
-def _finish(
-    figure: Figure, axes: np.ndarray, names: list[str], with_prior: bool, with_points: bool
-) -> None:
-    """Margins in inches, tick labels, frames and the legend."""
+def _finish(figure: Figure, axes: np.ndarray, names: list[str], most: int, placed: bool) -> None:
+    """Margins in inches, ticks and frames, and names where the user has not ``placed`` them."""
     dimension = len(axes)
-    explained = with_prior or with_points
-    width, height = figure.get_size_inches()
-    broken = max(_wrapped(name).count("\n") for name in names)
-    margin = (0.75 if dimension > 1 else 0.6) + 0.16 * broken
-    figure.subplots_adjust(
-        left=min((margin if dimension > 1 else 0.15) / width, 0.3),
-        bottom=min(margin / height, 0.35),
-        right=1 - 0.15 / width,
-        top=1 - (0.4 if dimension == 1 and explained else 0.15) / height,
-        wspace=0.06,
-        hspace=0.06,
-    )
     size = 9 if dimension <= 4 else 8
+    width, height = figure.get_size_inches()
+    top = 0.4 if dimension == 1 else 0.15  # of one panel: for the legend
+
+    def margins(room: float, lines: int) -> tuple[float, float, float]:
+        """Left, bottom, and the length of a panel's shorter side."""
+        across, line = dimension + _GAP * (dimension - 1), 0.17
+        left = 0.15 if dimension == 1 else min(room + line * lines + 0.08, 0.3 * width)
+        bottom = min(_NAME_BELOW + line * lines + 0.08, 0.35 * height)
+        return left, bottom, min(width - left - 0.15, height - bottom - top) / across
+
+    windows = [axes[j, j].get_xlim() for j in range(dimension)]
+    linear = all(axis.get_xscale() == axis.get_yscale() == "linear" for axis in axes.flat)
+    ticks = [Ticks([], [], "", 0.45)] * dimension
+    if linear and most > 0:
+        lines = max(axis_name(name, "", _NAME_WIDTH).count("\n") for name in names)
+        length = margins(_TICK_ROOM, lines + 2)[2]  # at least
+        ticks = [fit_ticks(low, high, length, size, most) for low, high in windows]
+    labels = [
+        axis_name(name, tick.factor, _NAME_WIDTH) for name, tick in zip(names, ticks, strict=True)
+    ]
+    room = max(tick.width for tick in ticks) + 0.16
+    left, bottom, panel = margins(room, 1 + max(label.count("\n") for label in labels))
+    figure.subplots_adjust(
+        left=left / width,
+        bottom=bottom / height,
+        right=1 - 0.15 / width,
+        top=1 - top / height,
+        wspace=_GAP,
+        hspace=_GAP,
+    )
     for j in range(dimension):
         for k in range(j + 1):
             axis: Axes = axes[j, k]
-            axis.tick_params(labelsize=size, length=2.5)
-            for line in (axis.xaxis, axis.yaxis):
-                line.get_offset_text().set_fontsize(size)
-                formatter = line.get_major_formatter()
-                if isinstance(formatter, ScalarFormatter):
-                    formatter.set_powerlimits((-3, 4))
-            axis.yaxis.get_offset_text().set_x(-0.4)  # clear of the panel above
+            axis.tick_params(labelsize=size, length=2.5, labelrotation=0)
+            if linear and most > 0:
+                _set_ticks(axis.xaxis, ticks[k], j == dimension - 1)
+                if j != k:
+                    _set_ticks(axis.yaxis, ticks[j], k == 0)
             if j != k:
                 axis.spines[["top", "right"]].set_visible(True)
         axes[j, j].spines["left"].set_visible(False)
-    if explained:
-        _legend(figure, dimension, with_prior, with_points)
+        axes[-1, j].set_xlabel(labels[j])
+        if j > 0:
+            axes[j, 0].set_ylabel(labels[j])
+        if not placed:
+            axes[-1, j].xaxis.set_label_coords(0.5, -_NAME_BELOW / panel)
+            axes[j, 0].yaxis.set_label_coords(-room / panel, 0.5)
+
+
+def _set_ticks(line: Axis, ticks: Ticks, labelled: bool) -> None:
+    line.set_ticks(ticks.positions, ticks.labels if labelled else [""] * len(ticks.labels))
 
 
 def _legend(figure: Figure, dimension: int, with_prior: bool, with_points: bool) -> None:

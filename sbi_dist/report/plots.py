@@ -1,4 +1,4 @@
-"""All plots by name, and the two about how a run went: training and simulation outcomes.
+"""All plots by name, and those about how a run went: simulations, training, recovery of truths.
 
 The pair plot lives in ``pairs`` and the posterior predictive check in ``predictive``; both are
 importable from here.  Importing this module imports matplotlib.
@@ -6,24 +6,28 @@ importable from here.  Importing this module imports matplotlib.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from sbi_dist.report import style
 from sbi_dist.report.arrays import FloatArray, as_float_array
-from sbi_dist.report.coverage import predictive_coverage
+from sbi_dist.report.content import RecoveryFacts
+from sbi_dist.report.coverage import predictive_coverage, recovered
 from sbi_dist.report.pairs import pairplot
 from sbi_dist.report.predictive import predictive_check
+from sbi_dist.report.ticks import axis_name, fit_ticks
 
 __all__ = [
     "pairplot",
     "predictive_check",
     "predictive_coverage",
+    "recovery_panels",
     "simulation_outcomes",
     "training_curve",
 ]
@@ -118,7 +122,8 @@ def simulation_outcomes(status_counts: Mapping[str, int], durations: Any) -> Fig
 
     Args:
         status_counts: simulations by status (ok, nonfinite, error, timeout, crashed).
-        durations: (N,) seconds a simulation; values that are not finite are left out.
+        durations: (N,) seconds a simulation, of all simulations or the first N; values that are
+            not finite are left out.
 
     Returns:
         The figure, belonging to no pyplot window.
@@ -138,7 +143,8 @@ def simulation_outcomes(status_counts: Mapping[str, int], durations: Any) -> Fig
         raise ValueError(
             f"status_counts is {counts} and durations is empty; allowed: at least one simulation"
         )
-    failed = sum(counts.values()) - counts.get("ok", 0)
+    total, known = sum(counts.values()), np.size(durations)
+    failed = total - counts.get("ok", 0)
     with_counts = failed > 0 or not seconds.size
     with style.plot_style():
         panels = int(with_counts) + int(bool(seconds.size))
@@ -147,7 +153,7 @@ def simulation_outcomes(status_counts: Mapping[str, int], durations: Any) -> Fig
         if with_counts:
             _count_bars(axes.pop(0), counts)
         if seconds.size:
-            _duration_histogram(axes.pop(0), seconds)
+            _duration_histogram(axes.pop(0), seconds, known if known < total else None)
     return figure
 
 
@@ -176,7 +182,7 @@ def _percent(value: int, total: int) -> str:
     return "> 99.9 %" if 99.9 < share < 100 else f"{share:.3g} %"
 
 
-def _duration_histogram(axis: Axes, seconds: FloatArray) -> None:
+def _duration_histogram(axis: Axes, seconds: FloatArray, first: int | None) -> None:
     middle = float(np.median(seconds))
     factor, unit = (1.0, "s") if middle >= 1 else (1e3, "ms") if middle >= 1e-3 else (1e6, "µs")
     values = seconds * factor
@@ -192,5 +198,86 @@ def _duration_histogram(axis: Axes, seconds: FloatArray) -> None:
     axis.hist(values, bins=bins, color=style.POSTERIOR, alpha=0.6)
     axis.axvline(middle * factor, color=style.INK, lw=1.0, linestyle=(0, (4, 3)))
     axis.set_title(f"Time a simulation: median {middle * factor:.3g} {unit}")
-    axis.set_xlabel(f"Duration ({unit})")
+    whose = "Duration" if first is None else f"Run times of the first {first:,} simulations"
+    axis.set_xlabel(f"{whose} ({unit})")
     axis.set_ylabel("Simulations")
+
+
+def recovery_panels(recovery: RecoveryFacts, labels: Sequence[str]) -> Figure:
+    """Plot posterior medians and 90 % intervals against true values, one panel a parameter.
+
+    Args:
+        recovery: posteriors of simulations with known parameters.
+        labels: D names, with units where there are any.
+
+    Returns:
+        The figure, belonging to no pyplot window.
+    """
+    dimension = recovery.truth.shape[1]
+    columns = dimension if dimension <= 4 else 3 if dimension in (5, 6, 9) else 4
+    rows = -(-dimension // columns)
+    width = {1: 4.6, 2: 8.0}.get(columns, 10.0)
+    side = width / columns
+    counts, _ = recovered(recovery)
+    with style.plot_style():
+        figure = style.new_figure(width, rows * (side + 0.15) + 0.5)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for index, axis in enumerate(grid.flat):
+            if index >= dimension:
+                axis.set_visible(False)
+                continue
+            name = style.plain_label(str(labels[index]))
+            _recovery_panel(axis, recovery, index, name, side)
+            if index % columns == 0:
+                axis.set_ylabel("Posterior")
+            if index + columns >= dimension:
+                axis.set_xlabel("True value")
+            axis.text(
+                0.97,
+                0.03,
+                f"{counts[index]:,} of {len(recovery.truth):,} inside 90 %",
+                transform=axis.transAxes,
+                ha="right",
+                va="bottom",
+                fontsize=8.5,
+                color=style.INK,
+                bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5},
+                zorder=5,
+            )
+        figure.align_ylabels()
+        figure.legend(handles=_recovery_handles(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _recovery_panel(
+    axis: Axes, recovery: RecoveryFacts, index: int, name: str, side: float
+) -> None:
+    truth, median = recovery.truth[:, index], recovery.median[:, index]
+    low, high = recovery.low[:, index], recovery.high[:, index]
+    missed = (truth < low) | (truth > high)
+    for which, color in ((~missed, style.POSTERIOR), (missed, style.TRUTH)):
+        axis.vlines(truth[which], low[which], high[which], color=color, alpha=0.3, lw=1.2)
+        axis.plot(truth[which], median[which], linestyle="none", marker="o", ms=2.6, color=color)
+    ends = np.array([min(truth.min(), low.min()), max(truth.max(), high.max())])
+    ends += np.array([-0.04, 0.04]) * (ends[1] - ends[0])
+    axis.axline((ends[0], ends[0]), (ends[1], ends[1]), color=style.INK, lw=1, dashes=(4, 3))
+    axis.set_xlim(*ends)
+    axis.set_ylim(*ends)
+    axis.set_box_aspect(1)
+    # About what the labels and gaps leave of the panel's width.
+    ticks = fit_ticks(ends[0], ends[1], side - 0.8, 9, 4)
+    for line in (axis.xaxis, axis.yaxis):
+        line.set_ticks(ticks.positions, ticks.labels)
+    axis.set_title(axis_name(name, ticks.factor, int(9.5 * side)), fontweight="bold")
+
+
+def _recovery_handles() -> list[Any]:
+    inside, outside = (
+        Line2D([], [], color=color, lw=1.2, marker="o", ms=3.5, label=label)
+        for color, label in (
+            (style.POSTERIOR, "Median and 90 % interval"),
+            (style.TRUTH, "90 % interval misses the true value"),
+        )
+    )
+    line = Line2D([], [], color=style.INK, lw=1, dashes=(4, 3), label="Median = true value")
+    return [inside, outside, line]

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sbi_dist.report.arrays import FloatArray
-from sbi_dist.report.content import ObservationFacts, ReportContent
+from sbi_dist.report.content import DatasetFacts, ObservationFacts, RecoveryFacts, ReportContent
+from sbi_dist.report.coverage import chance_range, recovered
 
 
 def duration(seconds: float) -> str:
@@ -108,7 +109,7 @@ def _truths(usable: Sequence[ObservationFacts]) -> str:
 def coverage_sentences(
     counts: Sequence[tuple[int, int]], names: Sequence[str] | None, draws: int, dropped: int = 0
 ) -> list[str]:
-    """One sentence a series on how many observed values the 95 % interval holds."""
+    """One sentence a series on how many observed values lie outside the 95 % band."""
     sentences = []
     for index, (inside, total) in enumerate(counts):
         who = ""
@@ -119,11 +120,51 @@ def coverage_sentences(
             where = "inside" if inside else "outside"
             sentences.append(f"The observed value lies {where} the 95 % interval.")
             continue
-        verb = "lies" if inside == 1 else "lie"
-        sentences.append(f"{who}{inside} of {total} observed values {verb} inside the 95 % band.")
+        outside, expected = total - inside, 0.05 * total
+        about = f"{expected:,.0f}" if expected >= 10 else f"{expected:.2g}"
+        sentences.append(
+            f"{who}{outside:,} of {total:,} observed values {'lies' if outside == 1 else 'lie'} "
+            f"outside the 95 % band (5 % of them, about {about}, expected)."
+        )
     lost = f"; {dropped:,} more failed and were left out" if dropped else ""
     sentences.append(f"Based on {plural(draws, 'simulation')} at posterior draws{lost}.")
     return sentences
+
+
+def recovery_sentence(recovery: RecoveryFacts, names: Sequence[str]) -> str:
+    """How often the posterior's interval holds the true value, and how the median follows it."""
+    total = len(recovery.truth)
+    low, high = chance_range(total, 0.9)
+    parts = [
+        f"{count:,} for {name} (correlation of posterior median and true value {correlation:.3f})"
+        if index == 0
+        else f"{count:,} for {name} ({correlation:.3f})"
+        for index, (name, count, correlation) in enumerate(
+            zip(names, *recovered(recovery), strict=True)
+        )
+    ]
+    each = "the number" if len(names) == 1 else "each number"
+    return (
+        f"Of {total:,} simulations held out from training, the posterior's central 90 % interval "
+        f"holds the true value in {joined(parts)}; with an exact posterior, {each} lies between "
+        f"{low:,} and {high:,} with a probability of at least 95 %."
+    )
+
+
+def simulations_caption(dataset: DatasetFacts) -> str:
+    """What the picture of the simulations shows."""
+    known = np.size(dataset.durations)
+    if not known or known >= dataset.simulations:
+        return "How the simulations ended and how long each took."
+    return (
+        f"How the simulations ended, and the run times of the first {plural(known, 'simulation')}."
+    )
+
+
+def labelled(names: Sequence[str], units: Sequence[str | None] | None) -> list[str]:
+    """Names with their units where there are any: ``alpha [1/yr]``."""
+    pairs = zip(names, units or [None] * len(names), strict=True)
+    return [f"{name} [{unit}]" if unit else str(name) for name, unit in pairs]
 
 
 def example(theta: Any, names: Sequence[str]) -> str:

@@ -1,205 +1,58 @@
-"""Simulations as Parquet shards: their schema, writing, checked reading, and the manifest.
+"""A dataset in the store: its manifest, its plan, which shards it has, and reading them.
 
-A shard explains itself to any Parquet reader (names, units, shapes, problem and versions are in
-its schema metadata) and carries a digest of its own content, so that a damaged one is told from a
-good one without any other file. Which shards there are is read from the store's listing; the
-manifest ``dataset.json`` is written once and holds what all shards share.
+``dataset.json`` holds what all shards share and is written once, as is every ``extent-*.json``,
+which says how many shards an append planned. Which shards there are is read from the listing of
+the ``shard-*`` objects. Drivers note the records of what they stored in a log (``log.py``), so
+that nobody has to open a hundred thousand files to count them; the log may be lost, since every
+shard holds its own record. A snapshot is a fixed list of shards with their checksums, for what is
+trained on them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
-import platform
-from collections import Counter
-from importlib import metadata
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from sbi_dist.errors import InputError
-from sbi_dist.simulation.plan import Shard
+from sbi_dist.simulation import log
+from sbi_dist.simulation.parquet import ShortTail
+from sbi_dist.simulation.plan import Extent, Shard, plan_shards
+from sbi_dist.simulation.shard import (
+    DamagedShard,
+    ShardRecord,
+    Simulations,
+    concatenate,
+    decode_shard,
+    record_of_tail,
+)
 from sbi_dist.store import ObjectStore
 
-__all__ = [
-    "STATUSES",
-    "DamagedShard",
-    "Dataset",
-    "ShardRecord",
-    "Simulations",
-    "decode_shard",
-    "encode_shard",
-    "versions",
-]
+__all__ = ["Dataset", "Stored"]
 
-STATUSES = ("ok", "nonfinite", "error", "timeout", "crashed")
-_METADATA = b"sbi_dist"
-
-
-class DamagedShard(Exception):
-    """A shard whose bytes are not what was written."""
-
-
-@dataclasses.dataclass
-class Simulations:
-    """Rows in memory: theta (N, D) and x (N, *x_shape) float32, status and error of each row."""
-
-    simulation_id: np.ndarray
-    theta: np.ndarray
-    x: np.ndarray
-    status: list[str]
-    error: list[str | None]
-    duration_s: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.theta)
-
-    @property
-    def ok(self) -> np.ndarray:
-        """Which rows may be trained on, bool of shape (N,)."""
-        return np.array([status == "ok" for status in self.status], dtype=bool)
+_SHARD = re.compile(r"shard-(\d{6,})\.parquet")
+# Holds the footer of a shard, but for one with very long messages of failures.
+_TAIL = 16 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardRecord:
-    """What the driver knows about a stored shard; its rows stay in the store."""
+class Stored:
+    """What there is of a dataset: the record of each shard, and the drivers' time in seconds."""
 
-    index: int
-    rows: int
-    statuses: dict[str, int]
-    errors: list[dict[str, Any]]
+    records: dict[int, ShardRecord]
     seconds: float
-    digest: str
 
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    names = ("sbi_dist", "numpy", "torch", "nflows", "pyarrow", "ray")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _digest(simulations: Simulations, about: dict[str, Any]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(about, sort_keys=True).encode())
-    for array in (simulations.simulation_id, simulations.theta, simulations.x):
-        digest.update(np.ascontiguousarray(array).data)
-    digest.update(json.dumps([simulations.status, simulations.error]).encode())
-    return digest.hexdigest()
-
-
-def encode_shard(simulations: Simulations, about: dict[str, Any]) -> tuple[bytes, ShardRecord]:
-    """The shard as Parquet, and its record.
-
-    ``about`` goes into the schema metadata (names, units, shapes, fingerprint, versions, index).
-    """
-    note = {**about, "digest": _digest(simulations, about), **_summary(simulations)}
-    theta = np.ascontiguousarray(simulations.theta)
-    x = np.ascontiguousarray(simulations.x)
-    table = pa.table(
-        {
-            "simulation_id": pa.array(simulations.simulation_id, pa.int64()),
-            "theta": _tensor_column(theta),
-            "x": _tensor_column(x if x.ndim > 1 else x[:, None]),
-            "status": pa.array(simulations.status, pa.string()),
-            "error": pa.array(simulations.error, pa.string()),
-            "duration_s": pa.array(simulations.duration_s, pa.float32()),
-        }
-    ).replace_schema_metadata({_METADATA: json.dumps(note)})
-    sink = io.BytesIO()
-    pq.write_table(
-        table,
-        sink,
-        compression="none",  # random floats do not compress
-        use_dictionary=["status", "error"],
-        write_page_checksum=True,  # for the durations, which the digest leaves out
-    )
-    return sink.getvalue(), _record(note, len(simulations))
-
-
-def _tensor_column(array: np.ndarray) -> pa.ExtensionArray:
-    return pa.FixedShapeTensorArray.from_numpy_ndarray(array)
-
-
-def _frequent_errors(simulations: Simulations, most: int = 3) -> list[dict[str, Any]]:
-    """The most frequent failures, each with a theta that shows it."""
-    seen: dict[str, dict[str, Any]] = {}
-    for row, status in enumerate(simulations.status):
-        if status == "ok":
-            continue
-        message = simulations.error[row] or status
-        entry = seen.setdefault(
-            message,
-            {
-                "status": status,
-                "message": message,
-                "count": 0,
-                "theta": simulations.theta[row].tolist(),
-                "simulation_id": int(simulations.simulation_id[row]),
-            },
-        )
-        entry["count"] += 1
-    return sorted(seen.values(), key=lambda entry: -entry["count"])[:most]
-
-
-def decode_shard(data: bytes) -> tuple[Simulations, ShardRecord]:
-    """The shard's rows and record, checked against its digest.
-
-    Raises:
-        DamagedShard: the bytes are not a shard, or not the one that was written.
-    """
-    try:
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
-        note = json.loads(table.schema.metadata[_METADATA])
-        simulations = Simulations(
-            simulation_id=table["simulation_id"].to_numpy(),
-            theta=table["theta"].combine_chunks().to_numpy_ndarray(),
-            x=table["x"].combine_chunks().to_numpy_ndarray(),
-            status=table["status"].to_pylist(),
-            error=table["error"].to_pylist(),
-            duration_s=table["duration_s"].to_numpy(),
-        )
-        if note["x_shape"] == []:
-            simulations.x = simulations.x[:, 0]
-        about = {
-            key: value
-            for key, value in note.items()
-            if key not in ("digest", "statuses", "errors", "seconds")
-        }
-        damaged = _digest(simulations, about) != note["digest"]
-    except Exception as error:  # pyarrow raises many kinds on foreign bytes
-        raise DamagedShard(f"it can't be read ({type(error).__name__})") from error
-    if damaged:
-        raise DamagedShard("its content does not match its digest")
-    # What the digest does not cover is made of the rows again.
-    return simulations, _record({**note, **_summary(simulations)}, len(simulations))
-
-
-def _summary(simulations: Simulations) -> dict[str, Any]:
-    return {
-        "statuses": dict(Counter(simulations.status)),
-        "errors": _frequent_errors(simulations),
-        "seconds": float(simulations.duration_s.sum()),
-    }
-
-
-def _record(note: dict[str, Any], rows: int) -> ShardRecord:
-    return ShardRecord(
-        note["shard"], rows, note["statuses"], note["errors"], note["seconds"], note["digest"]
-    )
+    @property
+    def rows(self) -> int:
+        """Simulations stored."""
+        return sum(record.rows for record in self.records.values())
 
 
 class Dataset:
-    """The simulations of one problem, seed and shard size in a store's folder.
+    """The simulations of one problem and seed in a store's folder.
 
     Args:
         store: the dataset's own folder.
@@ -210,41 +63,206 @@ class Dataset:
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
 
+    # ---- manifest and plan ----
+
     def manifest(self) -> dict[str, Any]:
         """What all shards share; empty where the dataset was not begun."""
-        try:
-            return json.loads(self.store.get(self.MANIFEST))
-        except KeyError:
+        content = self._json(self.MANIFEST)
+        if content is None:
             return {}
+        if not isinstance(content, dict) or "extent" not in content:
+            raise self._damaged_document(self.MANIFEST)
+        return content
+
+    def _json(self, key: str) -> Any:
+        try:
+            return json.loads(self.store.get(key))
+        except KeyError:
+            return None
         except ValueError:
-            raise InputError(
-                f"{self.store.uri}/{self.MANIFEST} is damaged; delete it, and run `sbi-dist "
-                "simulate` to write it again"
-            ) from None
+            raise self._damaged_document(key) from None
 
-    def create(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Write the manifest unless there is one; the manifest that is in force."""
-        text = json.dumps(manifest, indent=2, sort_keys=True).encode()
-        self.store.put_if_absent(self.MANIFEST, text)
-        return self.manifest()
+    def _damaged_document(self, key: str) -> InputError:
+        return InputError(
+            f"{self.store.uri}/{key} is damaged; delete it, and run `sbi-dist simulate` with the "
+            "settings of before to write it again"
+        )
 
-    def stored(self) -> dict[int, ShardRecord]:
-        """The record of every stored shard by index, from the footers.
+    def _extent(self, key: str, content: Any) -> Extent:
+        try:
+            return Extent(**content)
+        except TypeError:
+            raise self._damaged_document(key) from None
+
+    def _write_once(self, key: str, content: Any) -> Any:
+        """Write a document unless there is one; the one that is in force."""
+        self.store.put_if_absent(key, json.dumps(content, indent=2, sort_keys=True).encode())
+        return self._json(key)
+
+    def create(self, manifest: dict[str, Any], extent: Extent) -> tuple[dict[str, Any], bool]:
+        """Begin the dataset unless it is there; its manifest, and whether this call began it."""
+        content = {**manifest, "extent": dataclasses.asdict(extent)}
+        text = json.dumps(content, indent=2, sort_keys=True).encode()
+        began = self.store.put_if_absent(self.MANIFEST, text)
+        return self.manifest(), began
+
+    def extents(self) -> list[Extent]:
+        """What was planned so far, in order."""
+        manifest = self.manifest()
+        if not manifest:
+            return []
+        extents = [self._extent(self.MANIFEST, manifest.get("extent"))]
+        while (stop := extents[-1].stop) is not None:
+            following = self._json(_extent_key(stop))
+            if following is None:
+                break
+            extents.append(self._extent(_extent_key(stop), following))
+        return extents
+
+    def extend(self, num_simulations: int | None, shard_size: int) -> list[Extent]:
+        """Plan for so many simulations in all (None: without end) and return the extents."""
+        extents = self.extents()
+        while (stop := extents[-1].stop) is not None:
+            if num_simulations is not None and stop >= num_simulations:
+                break
+            wanted = extents[-1].after(shard_size, num_simulations)
+            # Of two drivers that append at once, one writes and both read.
+            key = _extent_key(stop)
+            extents.append(self._extent(key, self._write_once(key, dataclasses.asdict(wanted))))
+        return extents
+
+    # ---- which shards there are ----
+
+    def indexes(self) -> set[int]:
+        """Indexes of the stored shards, from the listing."""
+        found = (_SHARD.fullmatch(key) for key in self.store.list("shard-"))
+        return {int(match[1]) for match in found if match}
+
+    def stored(self) -> Stored:
+        """The records of the stored shards: from the log, else from the end of their files.
 
         Raises:
             InputError: a shard can't be read; names it.
         """
-        records = {}
-        for key in self.store.list("shard-"):
-            data = self.store.get(key)
+        indexes = self.indexes()
+        noted = log.read(self.store)
+        records = {index: noted.records[index] for index in indexes & noted.records.keys()}
+        records |= log.fetch(sorted(indexes - records.keys()), self.record)
+        return Stored(records, noted.seconds)
+
+    def remove_cut(self) -> list[str]:
+        """Remove shards that no log tells of and whose end is missing; their keys.
+
+        The machine of the store lost its power soon after they were written.
+        """
+        noted = log.read(self.store).records
+        removed = []
+
+        def cut(index: int) -> bool:
             try:
-                file = pq.ParquetFile(io.BytesIO(data))
-                note = json.loads(file.schema_arrow.metadata[_METADATA])
-                record = _record(note, file.metadata.num_rows)
-            except Exception as error:
-                raise self._damage(key, f"it can't be read ({type(error).__name__})") from error
-            records[record.index] = record
-        return records
+                self._read_record(index)
+            except DamagedShard:
+                return True
+            except KeyError:
+                pass
+            return False
+
+        for index, is_cut in log.fetch(sorted(self.indexes() - noted.keys()), cut):
+            if is_cut:
+                removed.append(Shard(index, 0, 0).key)
+                self.store.delete(removed[-1])
+        return removed
+
+    def record(self, index: int) -> ShardRecord:
+        """The record of one stored shard, from the end of its file.
+
+        Raises:
+            InputError: the shard is missing or can't be read; names it.
+        """
+        key = Shard(index, 0, 0).key
+        try:
+            return self._read_record(index)
+        except KeyError:
+            raise self._missing(key) from None
+        except DamagedShard as error:
+            raise self._damage(key, str(error)) from error
+
+    def _read_record(self, index: int) -> ShardRecord:
+        key = Shard(index, 0, 0).key
+        try:
+            return record_of_tail(self.store.get_tail(key, _TAIL))
+        except ShortTail as short:
+            try:
+                return record_of_tail(self.store.get_tail(key, short.needed))
+            except ShortTail:
+                raise DamagedShard("its footer is cut") from None
+
+    def agreeing(self, planned: Iterable[Shard], stored: Stored) -> list[ShardRecord]:
+        """The records of the planned shards that are stored, in order.
+
+        Raises:
+            InputError: a shard has another size than the plan says.
+        """
+        found = [(shard, stored.records.get(shard.index)) for shard in planned]
+        for shard, record in found:
+            if record is not None and record.rows != shard.size:
+                raise InputError(
+                    f"{self.store.uri}/{shard.key} holds {record.rows:,} simulations, and "
+                    f"{self.MANIFEST} plans {shard.size:,}: it was written anew with another "
+                    "simulate.shard_size or simulate.num_simulations; delete it and run with those "
+                    "of before, or delete the folder"
+                )
+        return [record for _, record in found if record is not None]
+
+    def complete(self, num_simulations: int) -> list[ShardRecord] | None:
+        """The records of the shards that hold so many simulations; None while one is missing."""
+        extents = self.extents()
+        if not extents or (extents[-1].stop or num_simulations) < num_simulations:
+            return None
+        planned = list(plan_shards(extents, num_simulations))
+        # The listing first: most questions are asked of a dataset that is far from complete.
+        if not {shard.index for shard in planned} <= self.indexes():
+            return None
+        return self.agreeing(planned, self.stored())
+
+    # ---- snapshots ----
+
+    def snapshot(self, records: Sequence[ShardRecord]) -> str:
+        """Write down a list of shards with their checksums; its name."""
+        shards = [[record.index, record.rows, record.digest] for record in records]
+        name = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:12]
+        content = {"simulations": sum(record.rows for record in records), "shards": shards}
+        self.store.put_if_absent(f"snapshots/{name}.json", json.dumps(content).encode())
+        return name
+
+    def snapshot_records(self, name: str) -> list[ShardRecord]:
+        """The records of a snapshot's shards.
+
+        Raises:
+            InputError: the snapshot or one of its shards is missing or not the one noted.
+        """
+        content = self._json(f"snapshots/{name}.json")
+        if content is None:
+            raise self._missing(f"snapshots/{name}.json")
+        records = self.stored().records
+        for index, _, digest in content["shards"]:
+            key = Shard(index, 0, 0).key
+            if index not in records:
+                raise self._missing(key)
+            if records[index].digest != digest:
+                raise self._damage(key, "it is not the one of the snapshot")
+        return [records[index] for index, _, _ in content["shards"]]
+
+    def end(self, num_simulations: int | None, max_seconds: float, snapshot: str) -> None:
+        """Note that the time for so many simulations is up, and what there was by then."""
+        self._write_once(_end_key(num_simulations, max_seconds), {"snapshot": snapshot})
+
+    def ended(self, num_simulations: int | None, max_seconds: float) -> list[ShardRecord] | None:
+        """What there was when the time was up; None where it is not."""
+        content = self._json(_end_key(num_simulations, max_seconds))
+        return None if content is None else self.snapshot_records(content["snapshot"])
+
+    # ---- reading ----
 
     def damaged(self) -> list[str]:
         """Keys of the shards whose content is not what was written."""
@@ -263,15 +281,21 @@ class Dataset:
             InputError: the shard is missing or damaged; names it and the next step.
         """
         index = shard if isinstance(shard, int) else shard.index
-        key = f"shard-{index:06d}.parquet"
+        key = Shard(index, 0, 0).key
         try:
             return decode_shard(self.store.get(key))[0]
         except KeyError:
-            raise InputError(
-                f"{self.store.uri}/{key} is missing; run `sbi-dist simulate` again"
-            ) from None
+            raise self._missing(key) from None
         except DamagedShard as error:
             raise self._damage(key, str(error)) from error
+
+    def read_all(self, indexes: Iterable[int]) -> Simulations:
+        """The rows of several shards, in order; a few requests at a time."""
+        parts = log.fetch(indexes, self.read)
+        return concatenate([part for _, part in parts])
+
+    def _missing(self, key: str) -> InputError:
+        return InputError(f"{self.store.uri}/{key} is missing; run `sbi-dist simulate` again")
 
     def _damage(self, key: str, reason: str) -> InputError:
         return InputError(
@@ -279,14 +303,10 @@ class Dataset:
             "to simulate it again"
         )
 
-    def read_all(self, indexes: list[int]) -> Simulations:
-        """The rows of several shards, in order."""
-        parts = [self.read(index) for index in indexes]
-        return Simulations(
-            simulation_id=np.concatenate([part.simulation_id for part in parts]),
-            theta=np.concatenate([part.theta for part in parts]),
-            x=np.concatenate([part.x for part in parts]),
-            status=[status for part in parts for status in part.status],
-            error=[error for part in parts for error in part.error],
-            duration_s=np.concatenate([part.duration_s for part in parts]),
-        )
+
+def _end_key(num_simulations: int | None, max_seconds: float) -> str:
+    return f"ended-{num_simulations or 'any'}-{max_seconds:g}s.json"
+
+
+def _extent_key(start: int) -> str:
+    return f"extent-{start:012d}.json"

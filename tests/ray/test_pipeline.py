@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,6 +17,8 @@ import pytest
 import yaml
 
 from sbi_dist import Posterior
+from sbi_dist.simulation.dataset import Dataset
+from sbi_dist.store import LocalStore
 from tests.ray.conftest import SLOW, command, environment, write_experiment
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -313,3 +316,31 @@ def test_killed_training_goes_on_from_its_checkpoint(
         assert history["epoch"] == list(range(101))
         assert not list(model.glob("checkpoints/*"))
     assert weights["killed"] == weights["calm"]
+
+
+def test_overlap_ends_with_a_model_of_all_simulations(sbi_dist: Run, tmp_path: Path) -> None:
+    slow = SLOW.replace("0.004", "0.012")
+    write_experiment(tmp_path, slow, num_simulations=1000, shard_size=20, actors=1)
+    result = sbi_dist("run", "experiment.yaml", "--overlap")
+    said(result, 0)
+    assert result.stderr.count("train: begins on the first") >= 1
+    # What led to the final model is gone; that it did is noted.
+    models = tmp_path / "runs/experiment/models"
+    bundles = [json.loads(path.read_text()) for path in models.glob("*/bundle.json")]
+    assert len(bundles) == 1
+    assert bundles[0]["started_from"] != bundles[0]["model"]
+    assert sum(rows for _, rows in _rows_of(bundles[0], tmp_path)) == 1000
+    assert not list(tmp_path.rglob("overlap.json")) and not list(models.glob("*/stop"))
+    # The same model by its name as without overlap: nothing is left to do.
+    again = sbi_dist("run", "experiment.yaml")
+    said(again, 0)
+    assert "epoch" not in again.stderr
+
+
+def _rows_of(bundle: dict[str, Any], folder: Path) -> list[tuple[int, int]]:
+    """Index and rows of the shards that a model was trained on."""
+    (place,) = folder.glob("runs/experiment/simulations/*")
+    records = Dataset(LocalStore(place)).stored().records
+    shards = bundle["dataset"]["shards"]
+    assert all(records[index].digest == digest for index, digest in shards)
+    return [(index, records[index].rows) for index, _ in shards]

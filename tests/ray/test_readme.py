@@ -31,6 +31,7 @@ def test_own_simulator(sbi_dist: Run, tmp_path: Path) -> None:
     for name in ("decay.py", "decay.yaml"):
         (tmp_path / name).write_text(_block(name))
     commands = re.findall(r"^sbi-dist (.*decay\.yaml.*)$", README, re.MULTILINE)
+    commands = [each for each in commands if "s3://" not in each]
     assert len(commands) == 2
     np.savetxt(
         tmp_path / "catalog.csv",
@@ -52,10 +53,25 @@ def test_own_simulator(sbi_dist: Run, tmp_path: Path) -> None:
     assert catalog["draws"].combine_chunks().to_numpy_ndarray().shape == (5, 1000, 2)
 
 
+def test_program(sbi_dist: Run, tmp_path: Path) -> None:
+    (tmp_path / "decay_program.py").write_text(_block("decay_program.py"))
+    program = tmp_path / "decay"
+    program.write_text(
+        "#!/usr/bin/awk -f\nBEGIN {srand(ARGV[3]); for (t = 0; t <= 5; t += 0.5) "
+        "print ARGV[2] * exp(-ARGV[1] * t) + rand()}\n"
+    )
+    program.chmod(0o755)
+    (tmp_path / "program.yaml").write_text(
+        "problem: decay_program.py:problem\nsimulate: {num_simulations: 40}\n"
+    )
+    said(sbi_dist("simulate", "program.yaml"), 0)
+    said(sbi_dist("verify", "program.yaml", "--rows", "10"), 0)
+
+
 def test_experiments_and_files_that_the_readme_names_exist() -> None:
-    assert set(shipped()) == {"gaussian", "lynx_hare"}
+    assert set(shipped()) == {"coalescent", "gaussian", "lynx_hare"}
     for name in re.findall(r"\]\((docs/[^)]+)\)", README):
         assert (ROOT / name).is_file()
-    for stage in ("run", "simulate", "train", "infer", "report", "status"):
+    for stage in ("run", "simulate", "verify", "train", "infer", "report", "status"):
         assert f"`sbi-dist {stage} EXPERIMENT`" in README
         assert (ROOT / "jobs" / f"{stage}.py").is_file()

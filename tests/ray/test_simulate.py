@@ -12,24 +12,30 @@ import numpy as np
 import pytest
 
 from sbi_dist import BoxUniform, InputError, Problem, StageError
-from sbi_dist.simulation.dataset import Dataset, Simulations
+from sbi_dist.experiment import load_experiment
+from sbi_dist.pipeline import Pipeline
+from sbi_dist.problem import load_problem
+from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.simulation.driver import repair, simulate
 from sbi_dist.simulation.options import SimulateOptions
+from sbi_dist.simulation.shard import Simulations
 from sbi_dist.store import LocalStore
-from tests.ray.conftest import command, environment, write_experiment
+from tests.ray.conftest import (
+    assert_same,
+    calm,
+    command,
+    counted,
+    environment,
+    living_actors,
+    marked,
+    read_dataset,
+    rows_by_process,
+    shard_times,
+    wait_until,
+    write_experiment,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-
-def same(one: Simulations, other: Simulations) -> bool:
-    """Equal in every column but the run times, which no two runs share."""
-    return (
-        np.array_equal(one.simulation_id, other.simulation_id)
-        and one.theta.tobytes() == other.theta.tobytes()
-        and one.x.tobytes() == other.x.tobytes()
-        and one.status == other.status
-        and one.error == other.error
-    )
 
 
 def run(problem: Problem, folder: Path, **options: object) -> Simulations:
@@ -49,7 +55,8 @@ def noisy_problem(simulator: object = noisy, **fields: object) -> Problem:
 def test_number_of_actors_does_not_matter(tmp_path: Path) -> None:
     one = run(noisy_problem(), tmp_path / "one", num_simulations=100, shard_size=7, actors=1)
     two = run(noisy_problem(), tmp_path / "two", num_simulations=100, shard_size=7, actors=2)
-    assert same(one, two)
+    assert_same(one, two)
+    assert_same(one, calm(noisy_problem(), 100, 7))
     assert len(one) == 100
     other = run(noisy_problem(), tmp_path / "other", num_simulations=100, shard_size=7, seed=1)
     assert not np.array_equal(one.theta, other.theta)
@@ -64,146 +71,270 @@ def test_append_keeps_the_stored_shards(tmp_path: Path) -> None:
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in times} == times
 
 
-def _rows_stored(folder: Path) -> int:
-    return sum(record.rows for record in Dataset(LocalStore(folder)).stored().values())
-
-
-def _dataset_folder(tmp_path: Path) -> Path | None:
-    folders = list(tmp_path.glob("runs/experiment/simulations/*"))
-    return folders[0] if folders else None
-
-
-def _wait_for_shards(tmp_path: Path, count: int, process: subprocess.Popen[bytes]) -> Path:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        folder = _dataset_folder(tmp_path)
-        if folder and len(list(folder.glob("shard-*"))) >= count:
-            return folder
-        assert process.poll() is None, "the command ended before it was to be killed"
-        time.sleep(0.02)
-    raise AssertionError("no shards within 90 s")
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_driver_is_made_up_for(
     tmp_path: Path, ray_address: str, number: signal.Signals
 ) -> None:
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    for folder in (calm, killed):
-        folder.mkdir()
-        write_experiment(folder)
-    arguments = {"env": environment(ray_address), "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(  # type: ignore[call-overload]
-        command("simulate", "experiment.yaml"), cwd=killed, **arguments
-    )
-    folder = _wait_for_shards(killed, 3, process)
+    counts = tmp_path / "counts"
+    write_experiment(tmp_path, counted(counts, 0.004))
+    arguments = {"cwd": tmp_path, "env": environment(ray_address), "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command("simulate", "experiment.yaml"), **arguments)  # type: ignore[call-overload]
+    wait_until(lambda: len(shard_times(tmp_path)) >= 3 or process.poll() is not None, "shards")
     process.send_signal(number)
+    began = time.monotonic()
     code = process.wait(timeout=30)
     assert code == (143 if number == signal.SIGTERM else -9)
-    stored = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    assert time.monotonic() - began < 3
+    wait_until(lambda: not living_actors(counts), "the actors are gone", 10)
+    stored = shard_times(tmp_path)
     assert 3 <= len(stored) < 20, "the kill was to come in the middle"
 
-    for place in (killed, calm):
-        subprocess.run(
-            command("simulate", "experiment.yaml"), cwd=place, check=True, timeout=200, **arguments
-        )
-    after = {name: (folder / name).stat().st_mtime_ns for name in stored}
-    assert after == stored, "a stored shard was simulated again"
-    calm_folder = _dataset_folder(calm)
-    assert calm_folder is not None and calm_folder.name == folder.name
-    indexes = list(range(20))
-    assert same(
-        Dataset(LocalStore(folder)).read_all(indexes),
-        Dataset(LocalStore(calm_folder)).read_all(indexes),
+    subprocess.run(command("simulate", "experiment.yaml"), check=True, timeout=200, **arguments)  # type: ignore[call-overload]
+    after = shard_times(tmp_path)
+    assert {name: after[name] for name in stored} == stored, "a stored shard was simulated again"
+    problem = load_problem("problem.py:problem", tmp_path)
+    assert_same(read_dataset(tmp_path), calm(problem, 400, 20))
+
+
+def test_stopped_driver_takes_its_own_ray_with_it(tmp_path: Path) -> None:
+    counts = tmp_path / "counts"
+    write_experiment(tmp_path, counted(counts, 0.02))
+    own = {**environment(""), "SBI_DIST_TEST": str(tmp_path)}
+    process = subprocess.Popen(
+        command("simulate", "experiment.yaml"), cwd=tmp_path, env=own, stderr=subprocess.DEVNULL
     )
+    wait_until(lambda: shard_times(tmp_path) or process.poll() is not None, "shards")
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert process.wait(timeout=30) == 143
+    # Of 3 s, Ray takes two to end its own processes, and more where others use the cores.
+    assert time.monotonic() - began < 6
+    wait_until(lambda: not marked(f"SBI_DIST_TEST={tmp_path}"), "nothing of it is left", 10)
 
 
-def test_killed_actor_is_made_up_for(tmp_path: Path) -> None:
-    pids = tmp_path / "pids"
-    pids.mkdir()
+# By SIGTERM Ray ends actors whose driver or node is gone.
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_actor_is_made_up_for(tmp_path: Path, number: signal.Signals) -> None:
     mark = tmp_path / "killed"
+    parent = os.getpid()
 
     def simulator(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        # Dies of kill -9 once, in the middle of the run, in whichever actor gets there.
-        (pids / str(os.getpid())).touch()
-        if theta[0] > 0.9 and not mark.exists() and len(list(pids.iterdir())) > 1:
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.001)
+        # Dies of the signal once, in the middle of the run, in whichever actor gets there.
+        if os.getpid() != parent:
+            if theta[0] > 0.9 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), number)
+            time.sleep(0.001)
         return theta + rng.standard_normal(2)
 
-    def calm(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return theta + rng.standard_normal(2)
-
-    (pids / str(os.getpid())).touch()
     problem = noisy_problem(simulator, batched=False)
-    # The form is found here, where the simulator must not kill.
-    mark.touch()
-    problem.form()
-    mark.unlink()
-    options = {"num_simulations": 300, "shard_size": 10, "actors": 2}
-    killed = run(problem, tmp_path / "killed-run", **options)
+    killed = run(problem, tmp_path / "run", num_simulations=300, shard_size=10, actors=2)
     assert mark.exists()
-    expected = run(noisy_problem(calm, batched=False), tmp_path / "calm-run", **options)
-    assert same(killed, expected)
+    assert_same(killed, calm(problem, 300, 10))
 
 
-def test_each_fault_costs_its_own_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kill", [False, True])
+def test_last_shard_is_shared(tmp_path: Path, kill: bool) -> None:
+    problem = noisy_problem(_Paired(tmp_path, kill), batched=False)
+    shared = run(problem, tmp_path / "run", num_simulations=200, shard_size=200, actors=2)
+    assert_same(shared, calm(problem, 200, 200))
+    rows = rows_by_process(tmp_path / "counts")
+    if kill:
+        assert (tmp_path / "killed").exists()
+        assert 200 < sum(rows.values()) < 400, "half a shard was to be repeated at most"
+    else:
+        assert len(rows) == 2 and all(60 <= count <= 140 for count in rows.values()), rows
+        assert sum(rows.values()) == 200
+
+
+class _Paired:
+    """A simulator of slow rows, that begins when it was loaded in two actors."""
+
+    def __init__(self, folder: Path, kill: bool) -> None:
+        self.folder, self.kill, self.parent = folder, kill, os.getpid()
+        (folder / "counts").mkdir()
+        (folder / "loaded").mkdir()
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        (self.folder / "loaded" / str(os.getpid())).touch()
+
+    def __call__(self, theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if os.getpid() != self.parent:
+            with open(self.folder / "counts" / str(os.getpid()), "ab", 0) as file:
+                file.write(b".")
+                own = file.tell()
+            while len(list((self.folder / "loaded").iterdir())) < 2:
+                time.sleep(0.01)
+            time.sleep(0.02)
+            mark = self.folder / "killed"
+            rows = rows_by_process(self.folder / "counts")
+            if self.kill and len(rows) == 2 and min(rows.values()) > 20 and not mark.exists():
+                mark.write_text(f"{own}")
+                os.kill(os.getpid(), signal.SIGKILL)
+        return theta + rng.standard_normal(2)
+
+
+def test_two_drivers_share_the_work(tmp_path: Path, ray_address: str) -> None:
+    counts = tmp_path / "counts"
+    write_experiment(
+        tmp_path, counted(counts, 0.005, actors=2), num_simulations=600, shard_size=10, actors=1
+    )
+    drivers = [
+        subprocess.Popen(
+            command("simulate", "experiment.yaml"),
+            cwd=tmp_path,
+            env=environment(ray_address),
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(2)
+    ]
+    assert [driver.wait(timeout=200) for driver in drivers] == [0, 0]
+    problem = load_problem("problem.py:problem", tmp_path)
+    assert_same(read_dataset(tmp_path), calm(problem, 600, 10))
+    rows = rows_by_process(counts)
+    assert sum(rows.values()) < 1.25 * 600, rows
+    assert len(rows) == 2 and min(rows.values()) > 60, rows
+
+
+def test_budget_of_time_is_kept(tmp_path: Path) -> None:
+    counts = tmp_path / "counts"
+    path = write_experiment(tmp_path, counted(counts, 0.003))
+
+    def simulated(number: int | None, seconds: float) -> tuple[int, float]:
+        sets = {
+            "store": tmp_path / "runs",
+            "simulate.num_simulations": number or "null",
+            "simulate.max_seconds": seconds,
+        }
+        overrides = [f"{key}={value}" for key, value in sets.items()]
+        pipeline = Pipeline(*load_experiment(str(path), overrides))
+        began = time.monotonic()
+        this = pipeline.simulate()
+        took = time.monotonic() - began
+        records = pipeline.rounds.records(this)
+        assert records is not None, "training would not begin"
+        # The driver itself knows, too, that the time is up.
+        options = pipeline.experiment.simulate
+        again = simulate(pipeline.problem, options, this.store, show_progress=False)
+        assert [record.index for record in again] == [record.index for record in records]
+        return sum(record.rows for record in records), took
+
+    first, took = simulated(None, 8)
+    assert first > 0 and took < 8 + 4
+    stored, begun = shard_times(tmp_path), sum(rows_by_process(counts).values())
+    again, took = simulated(None, 8)
+    assert again == first and shard_times(tmp_path) == stored
+    assert sum(rows_by_process(counts).values()) == begun, "the time was up"
+
+    # A larger budget goes on, also for a number of simulations.
+    more, took = simulated(10**6, 12)
+    assert more >= first and took < 4 + 4
+    most, _ = simulated(more + 200, 600)
+    assert most >= more + 200
+    kept = shard_times(tmp_path)
+    assert {name: kept[name] for name in stored} == stored
+    # Fewer than there are: complete, and nothing to do.
+    fewer, _ = simulated(first, 14)
+    assert first <= fewer <= more and shard_times(tmp_path) == kept
+    simulations = read_dataset(tmp_path)
+    expected = calm(load_problem("problem.py:problem", tmp_path), most, 20)
+    both = simulations.simulation_id < most
+    assert simulations.x[both].tobytes() == expected.x[simulations.simulation_id[both]].tobytes()
+
+
+# A hundredth of the rows each, of theta uniform in [0, 1]: kind, status, part of the message.
+FAULTS = [
+    ("raise", "error", "ValueError: no solution at 0.0"),
+    ("nan", "nonfinite", "NaN or infinite"),
+    ("infinity", "nonfinite", "NaN or infinite"),
+    ("shape", "error", "x has shape (3,), expected (2,)"),
+    ("exit", "crashed", "exit code 7"),
+    ("segfault", "crashed", "SIGSEGV"),
+    ("hang", "timeout", "timeout_s=3"),
+    ("memory", "crashed", "simulate.memory_per_actor_gb"),
+]
+
+
+def faulty(kinds: int) -> Problem:
+    """A problem with the first so many faults."""
     parent = os.getpid()
 
     def simulator(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        kind = theta[0] if os.getpid() != parent else 0.0
-        if kind > 0.95:
-            raise ValueError("first parameter too large")
-        if kind > 0.90:
-            return np.full(2, np.nan)
-        if kind > 0.87:
-            return np.zeros(3)
-        if kind > 0.84:
+        number = int(theta[0] * 100)
+        fault = FAULTS[number][0] if number < kinds and os.getpid() != parent else ""
+        if fault == "raise":
+            raise ValueError(f"no solution at {theta[0]:.4f}")
+        if fault == "exit":
             os._exit(7)
-        if kind > 0.826:
-            time.sleep(60)
+        if fault == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if fault == "hang":
+            time.sleep(600)
+        if fault == "memory":
+            held = np.ones(300 * 10**6, dtype=np.uint8)
+            time.sleep(0.5)
+            del held
+        bad = {"nan": [np.nan, 0], "infinity": [0, -np.inf], "shape": [0, 0, 0]}
+        return np.array(bad[fault]) if fault in bad else theta + rng.standard_normal(2)
+
+    return Problem(BoxUniform([0.0], [1.0]), simulator, batched=False)
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_each_fault_costs_its_own_rows(tmp_path: Path, limited: bool) -> None:
+    # Without a time limit rows are simulated in the actors, until the first one is ended by a row.
+    problem = faulty(len(FAULTS) if limited else len(FAULTS) - 2)
+    kinds = FAULTS if limited else FAULTS[:-2]
+    options = {"timeout_s": 3, "memory_per_actor_gb": 0.5} if limited else {}
+    found = run(problem, tmp_path, num_simulations=1000, shard_size=50, **options)
+    expected = calm(problem, 1000, 50)
+    assert found.theta.tobytes() == expected.theta.tobytes()
+    number = (found.theta[:, 0].astype(np.float64) * 100).astype(int)
+    status = [kinds[each][1] if each < len(kinds) else "ok" for each in number]
+    assert found.status == status
+    assert set(number[number < len(kinds)]) == set(range(len(kinds))), "the seed was to give all"
+    for row, each in enumerate(number):
+        if each < len(kinds):
+            assert kinds[each][2] in (found.error[row] or ""), found.error[row]
+    assert found.ok.sum() > 850
+    assert found.x[found.ok].tobytes() == expected.x[found.ok].tobytes()
+
+    records = Dataset(LocalStore(tmp_path)).stored().records
+    for kind in ("ok", "nonfinite", "error", "timeout", "crashed"):
+        assert sum(each.statuses.get(kind, 0) for each in records.values()) == status.count(kind)
+    for record in records.values():
+        for entry in record.errors:
+            assert entry["theta"] == found.theta[entry["simulation_id"]].tolist()
+            assert entry["message"] == found.error[entry["simulation_id"]]
+
+
+def test_leaking_simulator_has_its_actor_replaced(tmp_path: Path) -> None:
+    counts = tmp_path / "counts"
+    counts.mkdir()
+    parent = os.getpid()
+
+    def simulator(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if os.getpid() != parent:
+            with open(counts / str(os.getpid()), "ab", 0) as file:
+                file.write(b".")
+            leak = vars(np).setdefault("_leak_of_a_test", [])
+            leak.append(np.ones(10**7, dtype=np.uint8))
         return theta + rng.standard_normal(2)
 
     problem = noisy_problem(simulator, batched=False)
-    simulations = run(
+    found = run(
         problem,
-        tmp_path,
-        num_simulations=200,
-        shard_size=50,
-        timeout_s=5,
-        max_failure_fraction=0.5,
+        tmp_path / "run",
+        num_simulations=120,
+        shard_size=10,
+        actors=1,
+        memory_per_actor_gb=0.8,
     )
-    first = simulations.theta[:, 0].astype(np.float64)
-    expected = np.select(
-        [first > 0.95, first > 0.90, first > 0.87, first > 0.84, first > 0.826],
-        ["error", "nonfinite", "error", "crashed", "timeout"],
-        "ok",
-    )
-    assert simulations.status == expected.tolist()
-    assert len(set(simulations.status)) == 5, "the seed was to give every kind of fault"
-    messages = {error for error in simulations.error if error}
-    assert any("first parameter too large" in message for message in messages)
-    assert any("expected (2,)" in message for message in messages)
-    assert any("exit code 7" in message for message in messages)
-    assert any("timeout_s=5" in message for message in messages)
-
-
-def test_crash_without_time_limit_is_isolated(tmp_path: Path) -> None:
-    parent = os.getpid()
-
-    def simulator(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        if theta[0] > 0.97 and os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return theta + rng.standard_normal(2)
-
-    simulations = run(
-        noisy_problem(simulator, batched=False), tmp_path, num_simulations=80, shard_size=40
-    )
-    crashed = simulations.theta[:, 0] > np.float32(0.97)
-    assert crashed.any()
-    assert [status == "crashed" for status in simulations.status] == crashed.tolist()
-    assert "SIGSEGV" in (simulations.error[int(np.argmax(crashed))] or "")
+    assert_same(found, calm(problem, 120, 10))
+    rows = rows_by_process(counts)
+    # Besides what it leaks, an actor may finish the calls that it was given.
+    assert sum(rows.values()) == 120 and max(rows.values()) <= 80 + 2 * 10, rows
 
 
 def test_too_many_failures_stop_the_run(tmp_path: Path) -> None:
@@ -216,7 +347,7 @@ def test_too_many_failures_stop_the_run(tmp_path: Path) -> None:
 
     with pytest.raises(StageError, match=r"max_failure_fraction=0.1.*no solution.*theta = \[0"):
         run(noisy_problem(simulator, batched=False), tmp_path, num_simulations=2000, shard_size=50)
-    assert 0 < _rows_stored(tmp_path) < 2000
+    assert 0 < Dataset(LocalStore(tmp_path)).stored().rows < 2000
 
 
 def test_flipped_byte_is_named_and_repaired(tmp_path: Path) -> None:
@@ -230,7 +361,7 @@ def test_flipped_byte_is_named_and_repaired(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"shard-000001.parquet is damaged.*--repair"):
         Dataset(LocalStore(tmp_path)).read_all([0, 1, 2])
     assert repair(LocalStore(tmp_path)) == ["shard-000001.parquet"]
-    assert same(run(noisy_problem(), tmp_path, num_simulations=60, shard_size=20), good)
+    assert_same(run(noisy_problem(), tmp_path, num_simulations=60, shard_size=20), good)
 
 
 def test_more_than_the_cluster_has(tmp_path: Path) -> None:

@@ -44,11 +44,12 @@ def test_defaults(load) -> None:
 
 def test_fields_and_types(load) -> None:
     experiment = load(
-        MINIMAL + "name: other\nstore: /tmp/x\n"
+        MINIMAL + "name: other\nstore: /tmp/x\nstore_patience_s: 30\n"
         "simulate: {num_simulations: 12, timeout_s: 3, shard_size: null}\n"
         "train: {learning_rate: 1e-3, estimator: maf}\n"  # which YAML reads as text
     )
     assert (experiment.name, experiment.store) == ("other", "/tmp/x")
+    assert experiment.store_patience_s == 30.0 and load(MINIMAL).store_patience_s == 600.0
     assert experiment.simulate == SimulateOptions(num_simulations=12, timeout_s=3.0)
     assert experiment.train == TrainOptions(learning_rate=1e-3, estimator="maf")
     assert experiment.resolved()["simulate"]["timeout_s"] == 3.0
@@ -118,13 +119,21 @@ def test_an_override_is_as_good_as_a_line_in_the_file(tmp_path_factory, values) 
         (MINIMAL + "simulat: {}", "unknown key 'simulat'; did you mean 'simulate'?"),
         (
             MINIMAL + "zzz: 3",
-            "unknown key 'zzz'; allowed: name, problem, store, simulate, train, infer",
+            "unknown key 'zzz'; allowed: name, problem, store, store_patience_s, simulate, ",
         ),
         (MINIMAL + "infer: {zzz: 3}", "unknown key 'infer.zzz'; allowed: num_samples, seed, "),
         (MINIMAL + "1: 2", "unknown key '1'; allowed: name, problem"),
         # wrong types
         ("problem: 3", "problem is 3; it must be of type string"),
         (MINIMAL + "store: null", "store is None; it must be of type string"),
+        (
+            MINIMAL + "store_patience_s: 0",
+            "store_patience_s is 0.0; it must be greater than 0",
+        ),
+        (
+            MINIMAL + "store_patience: 5",
+            "unknown key 'store_patience'; did you mean 'store_patience_s'?",
+        ),
         (MINIMAL + "simulate: 3", "simulate is 3; it must be a section with fields"),
         (MINIMAL + "simulate: []", "simulate is []; it must be a section with fields"),
         (

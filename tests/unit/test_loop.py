@@ -200,6 +200,29 @@ def test_seeds() -> None:
     assert not same(run(1), run(2))
 
 
+# ---- going on from an earlier estimator ---------------------------------------------------------
+
+
+def test_training_goes_on_from_the_weights_of_an_earlier_one() -> None:
+    theta, x = simulate(600, 1)
+    first, before = fit(theta[:300], x[:300], real_line(1), options(max_epochs=8))
+    weights = {name: value.clone() for name, value in first.flow.state_dict().items()}
+    second, after = fit(theta, x, real_line(1), options(max_epochs=2), start=first)
+    # It begins where the first one ended, on the rows held out by both and 30 others: the mean
+    # loss of 30 rows has an sd of about sqrt(1 / 2 / 30).
+    start = after["validation_loss"][0]
+    assert abs(start - before["best_validation_loss"]) < 4 * math.sqrt(1 / 2 / 30 + 1 / 2 / 60)
+    _, held_out = split(600, 0.1, 0)
+    log_q = first.log_prob(torch.from_numpy(theta[held_out]), torch.from_numpy(x[held_out]))
+    assert -float(log_q.detach().mean()) == pytest.approx(start, abs=1e-5)
+    # The standardization is taken up too, and the earlier estimator is left as it was.
+    u = torch.linspace(-1, 1, 7)[:, None]
+    for ours, theirs in zip(first.standardization.u(u), second.standardization.u(u), strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(torch.equal(value, weights[name]) for name, value in first.flow.state_dict().items())
+    assert after["best_validation_loss"] <= start
+
+
 # ---- stopping -----------------------------------------------------------------------------------
 
 
@@ -213,6 +236,19 @@ def test_stops_after_its_plateaus_or_in_time() -> None:
     assert history["learning_rate"][-1] == pytest.approx(0.3e-9)
     _, history = fit(theta, x, real_line(1), options(max_epochs=500, max_seconds=1e-9))
     assert history["epoch"][-1] == 1
+
+
+def test_is_stopped_from_outside_after_an_epoch() -> None:
+    asked = []
+
+    def until() -> bool:
+        asked.append(True)
+        return len(asked) == 3
+
+    _, history = fit(*simulate(60, 1), real_line(1), options(max_epochs=500), until=until)
+    assert history["epoch"] == [0, 1, 2, 3] and len(asked) == 3
+    result = fit(*simulate(60, 1), real_line(1), options(), until=lambda: False)
+    assert same(result, fit(*simulate(60, 1), real_line(1), options()))
 
 
 def test_cosine_schedule_ends_near_zero() -> None:
@@ -261,9 +297,42 @@ def test_a_loss_that_is_no_number(monkeypatch) -> None:
 def test_split(count, fraction, seed) -> None:
     training, held_out = split(count, fraction, seed)
     assert sorted([*training, *held_out]) == list(range(count))
-    assert len(held_out) == max(1, round(count * fraction))
+    # One of each 1 / fraction rows; the last block may be cut, with its row in or out.
+    assert int(count * fraction) <= len(held_out) <= int(count * fraction) + 1
+    assert all(
+        len(held_out[held_out < n / fraction]) >= int(n) for n in range(int(count * fraction))
+    )
     again = split(count, fraction, seed)
     np.testing.assert_array_equal(training, again[0])
+    np.testing.assert_array_equal(held_out, again[1])
+
+
+@given(st.integers(40, 2000), st.integers(0, 2000), st.floats(0.05, 0.5), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=50)
+def test_more_simulations_leave_the_held_out_ones_held_out(count, more, fraction, seed) -> None:
+    """So that a model whose training goes on is not validated on what it was trained on."""
+    training, held_out = split(count, fraction, seed)
+    larger_training, larger_held_out = split(count + more, fraction, seed)
+    np.testing.assert_array_equal(larger_held_out[larger_held_out < count], held_out)
+    np.testing.assert_array_equal(larger_training[larger_training < count], training)
+
+
+@given(st.sampled_from([0.1, 0.2, 0.25, 0.3]), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=20)
+def test_the_held_out_rows_are_spread_over_all_simulations(fraction, seed) -> None:
+    _, held_out = split(1000, fraction, seed)
+    counts, _ = np.histogram(held_out, bins=10, range=(0, 1000))
+    # A bin's 100 rows are 100 * fraction blocks, of which those at its ends may be another's.
+    assert np.abs(counts - 100 * fraction).max() <= 2
+
+
+def test_any_row_may_be_held_out_and_seeds_hold_out_others() -> None:
+    # Each of 40 rows is held out with a probability of 1/4: not once in 200 seeds is 1e-25.
+    held_out = [split(40, 0.25, seed)[1] for seed in range(200)]
+    assert set(np.concatenate(held_out).tolist()) == set(range(40))
+    counts = np.bincount(np.concatenate(held_out), minlength=40)
+    # Binomial(200, 1/4), 5 standard deviations
+    assert np.abs(counts - 50).max() < 5 * math.sqrt(200 * 0.25 * 0.75)
 
 
 @given(st.integers(10, 10**6))

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+import math
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from sbi_dist import report
+from sbi_dist.estimation.loop import split
 from sbi_dist.report import (
     DatasetFacts,
     FailureFacts,
     ModelFacts,
     ObservationFacts,
     PredictiveAxes,
+    RecoveryFacts,
     ReportContent,
 )
+from sbi_dist.report.coverage import chance_range, recovered
+from sbi_dist.report.recovery import held_out, recover
+from sbi_dist.simulation.dataset import Dataset
+from sbi_dist.simulation.shard import Simulations, encode_shard
+from sbi_dist.store import open_store
 
 NAMES = ["rate", "<b>bold</b> & co"]
 HISTORY = {
@@ -77,6 +88,17 @@ def make_content(rng: np.random.Generator, count: int = 1, **changes: Any) -> Re
         "axes": PredictiveAxes(series_names=["prey", "predator"]),
     }
     return ReportContent(**{**fields, **changes})
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are made but not drawn, for the tests of a page's words."""
+    from matplotlib.figure import Figure
+
+    from sbi_dist.report import style
+
+    blank = style.to_png(Figure((1, 1)))
+    monkeypatch.setattr(style, "to_png", lambda figure: blank)
 
 
 class Page(HTMLParser):
@@ -274,6 +296,87 @@ def test_pairplot_errors_name_field_value_and_what_is_allowed(
         report.pairplot(**{"samples": samples, **arguments})
 
 
+def overlapping(figure: Any, axes: Any) -> list[tuple[str, str]]:
+    """Pairs of texts at the lower and left edge of a grid that touch."""
+    figure.draw_without_rendering()
+    texts = []
+    for line in [axis.xaxis for axis in axes[-1]] + [axis.yaxis for axis in axes[1:, 0]]:
+        texts += [line.label, line.get_offset_text(), *line.get_ticklabels()]
+    return touching(texts)
+
+
+def touching(texts: list[Any]) -> list[tuple[str, str]]:
+    """Pairs of drawn texts that touch."""
+    shown = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    return [
+        (a, b) for (a, box), (b, other) in itertools.combinations(shown, 2) if box.overlaps(other)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("center", "sd"),
+    [
+        ([2.2, 3.0, 2.6], [0.4, 0.4, 0.4]),
+        ([0.0, -1.2e-7, 123456.0], [1e-3, 1e-8, 3.0]),
+        (
+            [1000.0, -2.25, 0.12, -50.0, 1e9, 0.0025, 31.0, -9e4],
+            [0.1, 0.5, 0.03, 9, 1e8, 1e-3, 1, 1],
+        ),
+    ],
+)
+def test_pairplot_labels_never_touch(
+    center: list[float], sd: list[float], rng: np.random.Generator
+) -> None:
+    draws = rng.normal(center, sd, size=(200, len(center)))
+    names = [f"a_long_name_{j} [1/(yr k lynx)]" if j % 2 else "b" for j in range(len(center))]
+    figure, axes = report.pairplot(draws, labels=names)
+    assert overlapping(figure, axes) == []
+    for j, axis in enumerate(axes[-1]):
+        labels = axis.xaxis.get_ticklabels()
+        assert len(labels) >= 1 and all(label.get_text() for label in labels)
+        # Neighbours' labels stay within their own panels.
+        frame = axis.get_window_extent()
+        for label in labels:
+            box = label.get_window_extent()
+            assert frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1
+        assert axis.get_xlabel().replace("\n", " ").startswith(names[j][:8])
+    assert axes[0, 0].get_xticks().tolist() == axes[-1, 0].get_xticks().tolist()
+
+
+def test_ticks_have_room_and_keep_their_values() -> None:
+    from sbi_dist.report.ticks import fit_ticks
+
+    ticks = fit_ticks(-0.1, 1.1, 2.0, 9, 5)
+    assert ticks.positions == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+    assert ticks.factor == "" and 0 < ticks.width < 0.5
+    assert len(fit_ticks(-0.1, 1.1, 2.0, 9, 2).positions) <= 2
+    assert fit_ticks(-0.1, 1.1, 0.01, 9, 5).positions == []
+    small = fit_ticks(0.0, 3e-5, 2.0, 9, 4)
+    assert "10^" in small.factor and small.labels == ["1", "2"]
+    assert small.positions == pytest.approx([1e-5, 2e-5])
+
+
+def test_pairplot_histograms_end_at_the_bounds(rng: np.random.Generator) -> None:
+    draws = np.stack([rng.uniform(0, 1, 3000), rng.exponential(size=3000)], axis=1)
+    options: dict[str, Any] = {"prior_samples": draws, "bounds": [[0, 1], [0, np.inf]]}
+    _, axes = report.pairplot(draws, **options)
+    assert axes[0, 0].get_xlim() == (0, 1) and axes[1, 1].get_xlim()[0] == 0
+
+    def edges(axis: Any) -> np.ndarray:
+        outline = next(p for p in axis.patches if type(p).__name__ == "Polygon").get_xy()
+        return np.unique(outline[:, 0].round(9))
+
+    heights = np.histogram(draws[:, 0], edges(axes[0, 0]))[0]
+    assert edges(axes[0, 0])[[0, -1]].tolist() == [0, 1]
+    assert heights.min() > 0.6 * heights.mean()  # none of them half empty
+    # A true value beyond the prior widens the panel, and bins still begin and end at the bounds.
+    _, axes = report.pairplot(draws, points=[1.5, -1.0], **options)
+    assert axes[0, 0].get_xlim()[0] == 0 and axes[0, 0].get_xlim()[1] > 1.5
+    assert np.isclose(edges(axes[0, 0]), 1.0).any() and np.isclose(edges(axes[1, 1]), 0.0).any()
+    with pytest.raises(ValueError, match=r"bounds is \[\[1.0, 0.0\]"):
+        report.pairplot(draws, bounds=[[1, 0], [0, 1]])
+
+
 # --- predictive check -------------------------------------------------------------------------
 
 
@@ -372,6 +475,182 @@ def test_simulation_outcomes_leaves_out_what_has_nothing_to_see() -> None:
         report.simulation_outcomes({}, [])
 
 
+def test_simulation_outcomes_says_of_which_simulations_the_run_times_are() -> None:
+    def label(counts: dict[str, int]) -> str:
+        return report.simulation_outcomes(counts, np.ones(1500)).axes[-1].get_xlabel()
+
+    assert label({"ok": 2000}) == "Run times of the first 1,500 simulations (s)"
+    assert label({"ok": 1500}) == "Duration (s)"
+
+
+# --- recovery ---------------------------------------------------------------------------------
+
+
+def stored_simulations(
+    folder: Path, shape: tuple[int, ...], sizes: list[int], noise: float = 0.5
+) -> tuple[Dataset, dict[int, Any], dict[str, Any], np.ndarray, np.ndarray]:
+    """A dataset with failures, its records, a bundle's note of it, and its usable rows."""
+    rng = np.random.default_rng(5)
+    store = open_store(str(folder))
+    records, shards, thetas, xs = {}, [], [], []
+    for index, size in enumerate(sizes):
+        theta = rng.normal(size=(size, 2)).astype(np.float32)
+        x = np.zeros((size, *shape), dtype=np.float32)
+        x.reshape(size, -1)[:] = theta[:, :1] + noise * rng.normal(size=(size, 1))
+        failed = dict.fromkeys(range(index, size, 7), ("error", "ValueError: no"))
+        for row in failed:
+            x[row] = np.nan
+        rows = Simulations(np.arange(size), theta, x, failed, np.ones(size, dtype=np.float32))
+        data, record = encode_shard(rows, {"shard": index, "x_shape": list(shape)})
+        store.put(f"shard-{index:06d}.parquet", data)
+        records[index] = record
+        shards.append([index, record.digest])
+        thetas.append(theta[rows.ok])
+        xs.append(x[rows.ok])
+    about = {
+        "dataset": {"round": 1, "shards": shards},
+        "estimator": {"validation_fraction": 0.1, "seed": 3},
+    }
+    return Dataset(store), records, about, np.concatenate(thetas), np.concatenate(xs)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (2, 3)])
+def test_held_out_rows_are_those_of_the_training(shape: tuple[int, ...], tmp_path: Path) -> None:
+    dataset, records, about, theta, x = stored_simulations(tmp_path, shape, [70, 50, 90, 40])
+    rows = split(len(theta), 0.1, 3)[1]
+    found = held_out(dataset, records, about, 200)
+    assert np.array_equal(found[0], theta[rows]) and np.array_equal(found[1], x[rows])
+    # Only the shards that hold the first few are read.
+    for index in (2, 3):
+        dataset.store.delete(f"shard-{index:06d}.parquet")
+    first = held_out(dataset, records, about, 5)
+    assert np.array_equal(first[0], theta[rows[:5]]) and np.array_equal(first[1], x[rows[:5]])
+    # A shard that is another than the one trained on, and rows behind it, are left alone.
+    about["dataset"]["shards"][1][1] = "another"
+    some = held_out(dataset, records, about, 200)[0]
+    assert np.array_equal(some, theta[rows[rows < 60]])
+    assert len(held_out(dataset, {}, about, 200)[0]) == 0
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.3, 0.5, 0.96])
+def test_held_out_rows_of_any_fraction(fraction: float, tmp_path: Path) -> None:
+    dataset, records, about, theta, _ = stored_simulations(tmp_path, (), [1400])
+    about["estimator"]["validation_fraction"] = fraction
+    rows = split(len(theta), fraction, 3)[1][:200]
+    assert np.array_equal(held_out(dataset, records, about, 200)[0], theta[rows])
+
+
+class ExactPosterior:
+    """Of theta_1 ~ N(0, 1) given theta_1 + 0.5 noise: its quantiles as draws; theta_2's prior."""
+
+    def __init__(self, about: dict[str, Any]) -> None:
+        self.about = about
+
+    def sample_batched(self, shape: tuple[int], x: np.ndarray, seed: int) -> Any:
+        import torch
+
+        scores = stats.norm.ppf(np.arange(1, shape[0] + 1) / (shape[0] + 1))[:, None]
+        first = 0.8 * x.reshape(len(x), -1)[:, 0] + np.sqrt(0.2) * scores
+        second = np.broadcast_to(scores, first.shape)
+        return torch.from_numpy(np.stack([first, second], axis=2))
+
+
+def test_recovery_of_an_exact_posterior(tmp_path: Path) -> None:
+    dataset, records, about, theta, x = stored_simulations(tmp_path, (2, 2), [900, 900, 900])
+    posterior: Any = ExactPosterior(about)
+    found = recover(posterior, dataset, records)
+    assert found is not None and found.notes == []
+    rows = split(len(theta), 0.1, 3)[1][:200]
+    truth, mean = theta[rows].astype(float), 0.8 * x[rows, 0, 0].astype(float)
+    half = stats.norm.ppf(0.95)
+    assert np.array_equal(found.truth, truth)
+    assert found.median[:, 0] == pytest.approx(mean, abs=1e-6)
+    assert found.low[:, 0] == pytest.approx(mean - half * np.sqrt(0.2), abs=1e-6)
+    assert found.high[:, 0] == pytest.approx(mean + half * np.sqrt(0.2), abs=1e-6)
+    inside = [
+        int((np.abs(truth[:, 0] - mean) <= half * np.sqrt(0.2)).sum()),
+        int((np.abs(truth[:, 1]) <= half).sum()),
+    ]
+    with np.errstate(invalid="ignore"):
+        counts, correlations = recovered(found)
+    assert counts == inside and all(171 <= count <= 188 for count in counts)
+    assert correlations[0] == pytest.approx(np.corrcoef(truth[:, 0], mean)[0, 1])
+
+    about["dataset"]["round"] = 2
+    noted = recover(posterior, dataset, records, weighted=True)
+    assert noted is not None and len(noted.notes) == 2
+    assert "round 2, from the truncated prior" in noted.notes[0]
+    assert "the network's alone, without importance weights" in noted.notes[1]
+    few = {0: records[0]}
+    about["dataset"]["shards"] = about["dataset"]["shards"][:1]
+    about["estimator"]["validation_fraction"] = 0.02
+    assert recover(posterior, dataset, few) is None
+
+
+@pytest.mark.parametrize(
+    ("total", "probability", "expected"), [(200, 0.9, (171, 188)), (20, 0.9, (15, 20))]
+)
+def test_range_by_chance_is_the_narrowest_of_its_tails(
+    total: int, probability: float, expected: tuple[int, int]
+) -> None:
+    low, high = chance_range(total, probability)
+    assert (low, high) == expected
+    terms = [
+        math.comb(total, k) * probability**k * (1 - probability) ** (total - k)
+        for k in range(total + 1)
+    ]
+    assert sum(terms[:low]) < 0.025 <= sum(terms[: low + 1])
+    assert sum(terms[:high]) < 0.975 <= sum(terms[: high + 1])
+
+
+def made_recovery(dimension: int, count: int = 200) -> RecoveryFacts:
+    rng = np.random.default_rng(2)
+    truth = rng.normal(size=(count, dimension)) * np.logspace(-6, 6, dimension)
+    width = np.abs(truth).max(axis=0) * np.linspace(0.1, 1, dimension)
+    median = truth + width * rng.normal(size=truth.shape)
+    return RecoveryFacts(truth, median - 1.6 * width, median, median + 1.6 * width)
+
+
+@pytest.mark.parametrize("dimension", [1, 4, 10])
+def test_recovery_panels_are_readable(dimension: int) -> None:
+    names = [f"a_long_name_{j} [1/(yr k lynx)]" if j % 2 else f"b_{j}" for j in range(dimension)]
+    figure = report.recovery_panels(made_recovery(dimension), names)
+    figure.draw_without_rendering()
+    axes: list[Any] = [axis for axis in figure.axes if axis.get_visible()]
+    titles = [axis.get_title("left").replace("\n", " ") for axis in axes]
+    assert all(title.startswith(name) for title, name in zip(titles, names, strict=True))
+    texts = figure.legends[0].get_texts()
+    for axis in axes:
+        assert axis.get_xlim() == axis.get_ylim() and len(axis.get_xticks()) >= 2
+        texts += axis.get_xticklabels() + axis.get_yticklabels()
+        texts += [axis.xaxis.label, axis.yaxis.label, axis._left_title]
+    assert touching(texts) == []
+
+
+def test_page_shows_the_recovery(rng: np.random.Generator) -> None:
+    truth = np.tile(np.arange(40.0)[:, None], 2)
+    median = np.stack([truth[:, 0], -truth[:, 1]], axis=1)
+    facts = RecoveryFacts(truth, truth - 1, median, truth + np.array([1, -0.5]), ["Note <b>."])
+    facts.high[:3] = facts.low[:3]
+    content = make_content(
+        rng, count=0, recovery=facts, dataset=DatasetFacts("set", 90, {"ok": 90}, np.ones(64))
+    )
+    files = report.render(content)
+    assert is_png(files["recovery.png"])
+    text = normalised(Page(files["index.html"].decode()))
+    assert "Recovery of known parameters" in text and "Note <b>." in text
+    assert (
+        "Of 40 simulations held out from training, the posterior's central 90 % interval holds "
+        "the true value in 37 for rate (correlation of posterior median and true value 1.000) and "
+        "0 for <b>bold</b> & co (-1.000); with an exact posterior, each number lies between "
+        "32 and 39 with a probability of at least 95 %."
+    ) in text
+    assert "the run times of the first 64 simulations." in text
+    wrong = RecoveryFacts(truth, truth, median[:5], truth)
+    with pytest.raises(ValueError, match=r"recovery.median has shape \(5, 2\); allowed: \(N, 2\)"):
+        report.render(make_content(rng, count=0, recovery=wrong))
+
+
 # --- page -------------------------------------------------------------------------------------
 
 
@@ -395,6 +674,7 @@ def test_page_is_self_contained_and_well_formed(rng: np.random.Generator) -> Non
     assert "url(" not in style and "@import" not in style
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_page_escapes_every_text(rng: np.random.Generator) -> None:
     nasty = "<img src=x onerror=alert(1)>\"'&"
     content = make_content(
@@ -417,11 +697,14 @@ def test_page_escapes_every_text(rng: np.random.Generator) -> None:
     assert "Trial <script>alert(1)</script>" in page.text and "ValueError: <boom>" in page.text
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_page_states_the_results(rng: np.random.Generator) -> None:
     content = make_content(rng)
     text = normalised(Page(report.render(content)["index.html"].decode()))
-    assert "prey: 21 of 21 observed values lie inside the 95 % band." in text
-    assert "predator: 18 of 21 observed values lie inside the 95 % band." in text
+    expected = "outside the 95 % band (5 % of them, about 1.1, expected)."
+    assert f"prey: 0 of 21 observed values lie {expected}" in text
+    assert f"predator: 3 of 21 observed values lie {expected}" in text
+    assert "how long each took" in text and "Recovery of known parameters" not in text
     assert "Of the 2 known true values, 1 lies between" in text
     assert "trained in 1 min 15 s on 100 simulations, 3 of which (3 %) failed" in text
     assert f"constrains {NAMES[0]} most" in text or f"constrains {NAMES[1]} most" in text
@@ -432,6 +715,26 @@ def test_page_states_the_results(rng: np.random.Generator) -> None:
     assert f"rate 1/s {row['mean']:.3f} {row['sd']:.3f} {row['q05']:.3f}" in text
 
 
+@pytest.mark.usefixtures("blank_pictures")
+def test_page_passes_units_and_bounds_to_the_pair_plot(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sbi_dist.report import plots
+
+    passed: dict[str, Any] = {}
+
+    def pairplot(*_: Any, **options: Any) -> None:
+        passed.update(options)
+        raise ValueError("enough is known")
+
+    monkeypatch.setattr(plots, "pairplot", pairplot)
+    bounds = np.array([[0, np.inf], [-1, 1e9]])
+    report.render(make_content(rng, bounds=bounds))
+    assert passed["labels"] == ["rate [1/s]", "<b>bold</b> & co"]
+    assert passed["bounds"] is bounds
+
+
+@pytest.mark.usefixtures("blank_pictures")
 def test_page_limits_observations_and_says_how_many_more(rng: np.random.Generator) -> None:
     files = report.render(make_content(rng, count=4), max_observations=2)
     assert {"pairplot-0001.png", "pairplot-0002.png", "predictive-0002.png"} < set(files)

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from sbi_dist.errors import InputError
-from sbi_dist.simulator import SimulatorForm, call, detect_form, row_streams, seed_stream
+from sbi_dist.simulator import (
+    SimulatorForm,
+    call_batch,
+    call_rows,
+    detect_form,
+    row_streams,
+    seed_stream,
+)
 
 DRAWS = {
     size: np.random.default_rng(size).normal(1.0, 1.0, (12, size)).astype(np.float32)
@@ -23,6 +30,27 @@ DRAWS = {
 
 def detect(simulator: Any, size: int = 2, batched: bool | None = None) -> SimulatorForm:
     return detect_form(simulator, DRAWS[size], batched)
+
+
+def rows_of(simulator: Any, form: SimulatorForm, theta: np.ndarray, seed: int = 0) -> list[Any]:
+    """What each row gave: x, or the exception."""
+    outcomes: list[Any] = []
+
+    def keep(row: int, outcome: Any, seconds: float) -> bool:
+        assert row == len(outcomes) and seconds >= 0
+        outcomes.append(outcome)
+        return True
+
+    keys = row_streams(np.random.SeedSequence(seed), len(theta))
+    call_rows(simulator, form, theta, keys, keep)
+    return outcomes
+
+
+def one_row(simulator: Any, form: SimulatorForm, theta: np.ndarray) -> np.ndarray:
+    (outcome,) = rows_of(simulator, form, theta[None])
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
 
 
 # ---- simulators of every form: x = (sum of theta, its first value, noise) ------------------------
@@ -88,23 +116,26 @@ def test_form(simulator, batched, library, rng, size) -> None:
 
 
 @each_form
-def test_call_is_a_function_of_theta_and_stream(simulator, batched, library, rng) -> None:
+def test_a_call_is_a_function_of_theta_and_stream(simulator, batched, library, rng) -> None:
     form = SimulatorForm(batched, library, rng, (3,))
-    theta = DRAWS[2][:4] if batched else DRAWS[2][0]
+    theta = DRAWS[2][:4]
     before = theta.copy()
 
-    def run(stream: Any) -> np.ndarray:
+    def run(seed: int, by_row: bool) -> np.ndarray:
         # Whatever was drawn before must not matter.
         random.seed(None), np.random.seed(None), torch.seed()
-        x = call(simulator, form, theta, stream)
-        assert x.dtype == np.float32 and x.flags.c_contiguous
+        if by_row:  # a batch simulator gets batches of one
+            x = np.stack(rows_of(simulator, form, theta, seed + 100))
+        else:
+            x = call_batch(simulator, form, theta, np.random.SeedSequence(seed))
+        assert x.dtype == np.float32 and x.flags.c_contiguous and x.shape == (4, 3)
         return x
 
-    sequences = np.random.SeedSequence(5).spawn(2)
-    keys = row_streams(np.random.SeedSequence(6), 2)
-    results = [run(stream) for stream in (*sequences, *keys)]
-    for stream, first in zip((*sequences, *keys), results, strict=True):
-        np.testing.assert_array_equal(run(stream), first)
+    ways = (True, False) if batched else (True,)
+    kinds = [(seed, by_row) for seed in (5, 6) for by_row in ways]
+    results = [run(*kind) for kind in kinds]
+    for kind, first in zip(kinds, results, strict=True):
+        np.testing.assert_array_equal(run(*kind), first)
     noise = np.stack(results)[..., 2]
     assert len(np.unique(noise)) == noise.size  # other streams, other noise
     np.testing.assert_array_equal(theta, before)
@@ -112,9 +143,16 @@ def test_call_is_a_function_of_theta_and_stream(simulator, batched, library, rng
 
 def test_python_random_is_seeded_too() -> None:
     form = SimulatorForm(False, "numpy", False, ())
+    results = [rows_of(lambda theta: random.random(), form, DRAWS[1]) for _ in range(2)]
+    assert results[0] == results[1] and len(set(map(float, results[0]))) == 12
+    form = SimulatorForm(True, "numpy", False, ())
     sequence = np.random.SeedSequence(5)
-    first = call(lambda theta: random.random(), form, DRAWS[1][0], sequence)
-    assert first == call(lambda theta: random.random(), form, DRAWS[1][0], sequence)
+
+    def batch(theta: np.ndarray) -> list[float]:
+        return [random.random() for _ in theta]
+
+    first, again = (call_batch(batch, form, DRAWS[1], sequence) for _ in range(2))
+    assert first.tolist() == again.tolist()
     assert seed_stream(sequence).random() == seed_stream(sequence).random()
 
 
@@ -186,7 +224,7 @@ def test_a_fixed_length_is_not_taken_for_a_batch() -> None:
 def test_scalar_x(scalar) -> None:
     form = detect(lambda theta: scalar(theta.sum()))
     assert not form.batched and form.x_shape == () and "scalar" in str(form)
-    x = call(lambda theta: scalar(theta.sum()), form, DRAWS[2][0], np.random.SeedSequence(0))
+    x = one_row(lambda theta: scalar(theta.sum()), form, DRAWS[2][0])
     assert x.shape == () and x.dtype == np.float32
     batched = detect(lambda theta: theta[:, 0])
     assert batched.batched and batched.x_shape == ()
@@ -203,8 +241,11 @@ def test_images_lists_and_booleans() -> None:
 
 def test_what_float32_can_not_hold_is_infinite() -> None:
     form = SimulatorForm(False, "numpy", False, (2,))
-    x = call(lambda theta: np.array([1e300, 1.0]), form, DRAWS[1][0], np.random.SeedSequence(0))
-    assert x.tolist() == [math.inf, 1.0]
+    for x in (np.array([1e300, 1.0]), [1e300, 1], torch.tensor([1e300, 1.0], dtype=torch.double)):
+        # Also where a scientist made overflows raise.
+        with np.errstate(all="raise"):
+            found = one_row(lambda theta, x=x: x, form, DRAWS[1][0])
+        assert found.tolist() == [math.inf, 1.0]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -245,11 +286,12 @@ def test_forced_form_that_does_not_run() -> None:
 
 def test_an_x_of_another_shape_is_an_error_of_the_call() -> None:
     row, batch = (SimulatorForm(batched, "numpy", False, (2,)) for batched in (False, True))
-    stream = np.random.SeedSequence(0)
     with pytest.raises(ValueError, match=r"x has shape \(3,\), expected \(2,\)"):
-        call(lambda theta: np.ones(3), row, DRAWS[2][0], stream)
+        one_row(lambda theta: np.ones(3), row, DRAWS[2][0])
+    with pytest.raises(ValueError, match=r"x has shape \(2,\), expected \(1, 2\)"):
+        one_row(lambda theta: np.ones(2), batch, DRAWS[2][0])
     with pytest.raises(ValueError, match=r"x has shape \(2,\), expected \(4, 2\)"):
-        call(lambda theta: np.ones(2), batch, DRAWS[2][:4], stream)
+        call_batch(lambda theta: np.ones(2), batch, DRAWS[2][:4], np.random.SeedSequence(0))
 
 
 def test_a_simulator_may_overwrite_its_theta() -> None:
@@ -258,9 +300,11 @@ def test_a_simulator_may_overwrite_its_theta() -> None:
         return theta + 1
 
     for library in ("numpy", "torch"):
-        theta = DRAWS[2][0].copy()
-        call(rude, SimulatorForm(False, library, False, (2,)), theta, np.random.SeedSequence(0))
-        np.testing.assert_array_equal(theta, DRAWS[2][0])
+        theta = DRAWS[2].copy()
+        rows_of(rude, SimulatorForm(False, library, False, (2,)), theta)
+        form = SimulatorForm(True, library, False, (2,))
+        call_batch(rude, form, theta, np.random.SeedSequence(0))
+        np.testing.assert_array_equal(theta, DRAWS[2])
 
 
 def test_partial_and_callable_objects() -> None:
