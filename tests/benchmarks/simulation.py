@@ -40,9 +40,10 @@ CORES = 2
 def run() -> None:
     """Print the tables."""
     torch.set_num_threads(1)
-    rows = [*_overhead()]
+    overhead = _overhead()
     with connected():
-        rows += [_speed_up(), *_heavy_tails(), *_vectorized(), *_memory(), _tiny_shards()]
+        rows = [_speed_up(), *_heavy_tails(), *_vectorized()]
+        rows += [*overhead, *_memory(), _tiny_shards()]
     print("\nSimulation")
     print(f"{'':58}{'measured':>14}{'compared with':>32}{'ratio':>8}")
     for what, measured, compared, ratio in rows:
@@ -123,7 +124,7 @@ def _bare_rows(count: int) -> float:
 
 
 def _speed_up() -> tuple[str, str, str, str]:
-    count = 4000
+    count = 8000
     with multiprocessing.get_context("spawn").Pool(CORES) as pool:
         pool.map(_bare_rows, [1] * CORES)
         bare = max(pool.map(_bare_rows, [count // CORES] * CORES, chunksize=1))
@@ -147,11 +148,11 @@ def _log_normal(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _heavy_tails() -> list[tuple[str, str, str, str]]:
     rows = []
-    for actors, shard_size in ((CORES, None), (8, None), (8, 1000)):
+    for actors, shard_size, count in ((CORES, None, 4000), (8, None, 16_000), (8, 4000, 16_000)):
         result = _timed(
             _log_normal,
             False,
-            num_simulations=4000,
+            num_simulations=count,
             actors=actors,
             shard_size=shard_size,
             cpus_per_actor=CORES / actors,
@@ -160,7 +161,7 @@ def _heavy_tails() -> list[tuple[str, str, str, str]]:
         shards = "64 shards" if shard_size is None else "4 shards"
         rows.append(
             (
-                f"b  4,000 rows of log-normal times, {shards}, {actors} actors",
+                f"b  {count:,} rows of log-normal times, {shards}, {actors} actors",
                 f"{result['work_s']:.1f} s",
                 f"{best:.1f} s, longest first",
                 f"{best / result['work_s']:.2f}",
@@ -184,6 +185,18 @@ def _gaussian(theta: torch.Tensor, rng: Any) -> torch.Tensor:
     return theta + 1.0 + 0.1 * torch.randn(theta.shape)
 
 
+_BATCH = 65_536
+
+
+def _bare_batches(count: int) -> float:
+    """Draw from the prior and simulate, and keep nothing."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    for _ in range(count):
+        _gaussian(PRIOR.sample((_BATCH,)), None)
+    return time.perf_counter() - started
+
+
 def _vectorized() -> list[tuple[str, str, str, str]]:
     count = 20_000_000
     ours = _timed(_gaussian, True, num_simulations=count, actors=CORES)
@@ -201,7 +214,19 @@ def _vectorized() -> list[tuple[str, str, str, str]]:
     if result.returncode == 0:
         theirs = json.loads(result.stdout.strip().splitlines()[-1])
     rate = count / ours["work_s"]
-    for kind in ("in memory", "stored"):
+    with multiprocessing.get_context("spawn").Pool(CORES) as pool:
+        pool.map(_bare_batches, [1] * CORES)
+        seconds = pool.map(_bare_batches, [count // CORES // _BATCH] * CORES, chunksize=1)
+    bare = _BATCH * (count // CORES // _BATCH) * CORES / max(seconds)
+    rows.append(
+        (
+            f"c  {count:,} rows of 3 + 3 floats, vectorized, stored",
+            f"{rate / 1e6:.1f} M/s",
+            f"{bare / 1e6:.1f} M/s, {CORES} bare loops",
+            f"{rate / bare:.2f}",
+        )
+    )
+    for kind in ("in memory", "stored", "batches of 1,000"):
         peer = None if theirs is None else theirs[kind]
         rows.append(
             (
