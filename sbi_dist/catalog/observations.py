@@ -145,7 +145,10 @@ def _from_npy(data: bytes) -> tuple[list[str] | None, np.ndarray]:
 def _from_csv(data: bytes) -> tuple[list[str] | None, np.ndarray]:
     # An identifier is text, also where it looks like a number: 007 is not 7.
     options = pa.csv.ConvertOptions(column_types={_ID: pa.string()})
-    return _from_columns(pa.csv.read_csv(io.BytesIO(data), convert_options=options))
+    # In this thread: one that reads ahead may end the process by a crash when it exits.
+    serial = pa.csv.ReadOptions(use_threads=False)
+    reader = pa.BufferReader(data)
+    return _from_columns(pa.csv.read_csv(reader, serial, convert_options=options))
 
 
 def _from_parquet(data: bytes) -> tuple[list[str] | None, np.ndarray]:

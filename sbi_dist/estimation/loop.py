@@ -77,6 +77,8 @@ def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarra
     edges = np.floor(np.arange(int(count * fraction) + 2) / fraction)
     picks = np.random.Generator(np.random.Philox(key=seed)).random(len(edges) - 1)
     held_out = np.floor(edges[:-1] + picks * np.diff(edges)).astype(int)
+    if held_out[0] >= count:  # fewer rows than one is to be held out of
+        held_out[0] = int(picks[0] * count)
     held_out = held_out[held_out < count]
     if count < 20 or len(held_out) < 1 or count - len(held_out) < 10:
         raise InputError(

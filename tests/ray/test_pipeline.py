@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import pytest
 import yaml
 
 from sbi_dist import Posterior
+from sbi_dist.cli import run_command
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.store import LocalStore
 from tests.ray.conftest import SLOW, command, environment, write_experiment
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Here = Callable[..., tuple[int, str]]
 
 FAST = SLOW.replace("time.sleep(0.004)", "pass")
 
@@ -31,6 +33,27 @@ def said(result: subprocess.CompletedProcess[str], code: int) -> str:
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr.strip().splitlines()[-1] if result.stderr.strip() else ""
+
+
+@pytest.fixture
+def here(
+    ray_session: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Iterator[Here]:
+    """Run a command in this process, which is quicker; its exit code and standard error."""
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        capfd.readouterr()
+        code = run_command(list(arguments))
+        return code, capfd.readouterr().err
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -198,16 +221,16 @@ BAD_PROBLEMS = {
 
 
 @pytest.mark.parametrize("name", BAD_PROBLEMS)
-def test_bad_problem_is_one_sentence(sbi_dist: Run, tmp_path: Path, name: str) -> None:
+def test_bad_problem_is_one_sentence(here: Here, tmp_path: Path, name: str) -> None:
     simulator, prior, more, sentence = BAD_PROBLEMS[name]
     source = (
         "import numpy as np\nfrom sbi_dist import BoxUniform, Problem\n\n"
         f"{simulator}\n\nproblem = Problem({prior}, simulator, {more})\n"
     )
     write_experiment(tmp_path, source)
-    result = sbi_dist("simulate", "experiment.yaml")
-    assert sentence in said(result, 2)
-    assert len(result.stderr.strip().splitlines()) == 1
+    code, text = here("simulate", "experiment.yaml")
+    assert code == 2 and sentence in text
+    assert len(text.strip().splitlines()) == 1
 
 
 BAD_ARGUMENTS = {
@@ -230,18 +253,20 @@ BAD_ARGUMENTS = {
     ),
     "empty store at train": (["train", "gaussian"], "run `sbi-dist simulate` first"),
     "nothing to infer with": (["infer", "gaussian"], "run `sbi-dist train` first"),
-    "no such cluster": (
-        ["simulate", "gaussian", "--address", "127.0.0.1:1"],
-        "no Ray cluster can be reached",
-    ),
     "unknown command": (["simulte", "gaussian"], "No such command"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_bad_arguments_are_one_sentence(sbi_dist: Run, tmp_path: Path, name: str) -> None:
+def test_bad_arguments_are_one_sentence(here: Here, name: str) -> None:
     arguments, sentence = BAD_ARGUMENTS[name]
-    assert sentence in said(sbi_dist(*arguments), 2)
+    code, text = here(*arguments)
+    assert code == 2 and sentence in text and "Traceback" not in text
+
+
+def test_no_such_cluster(sbi_dist: Run) -> None:
+    result = sbi_dist("simulate", "gaussian", "--address", "127.0.0.1:1")
+    assert "no Ray cluster can be reached" in said(result, 2)
 
 
 def test_bad_observations_are_one_sentence(
@@ -290,7 +315,7 @@ def test_killed_training_goes_on_from_its_checkpoint(
         path = write_experiment(folder, FAST)
         content = yaml.safe_load(path.read_text())
         content["train"] = {
-            "transforms": 3, "hidden_features": 32, "max_epochs": 100, "schedule": "cosine",
+            "transforms": 3, "hidden_features": 32, "max_epochs": 60, "schedule": "cosine",
             "batch_size": 20, "checkpoint_every_s": 0.2, "cpus_per_worker": 1,
         }  # fmt: skip
         path.write_text(yaml.safe_dump(content))
@@ -313,14 +338,14 @@ def test_killed_training_goes_on_from_its_checkpoint(
         model = next(folder.glob("runs/experiment/models/*/bundle.json")).parent
         weights[name] = (model / "weights.safetensors").read_bytes()
         history = json.loads((model / "metrics.json").read_text())
-        assert history["epoch"] == list(range(101))
+        assert history["epoch"] == list(range(61))
         assert not list(model.glob("checkpoints/*"))
     assert weights["killed"] == weights["calm"]
 
 
 def test_overlap_ends_with_a_model_of_all_simulations(sbi_dist: Run, tmp_path: Path) -> None:
     slow = SLOW.replace("0.004", "0.012")
-    write_experiment(tmp_path, slow, num_simulations=1000, shard_size=20, actors=1)
+    write_experiment(tmp_path, slow, num_simulations=700, shard_size=20, actors=1)
     result = sbi_dist("run", "experiment.yaml", "--overlap")
     said(result, 0)
     assert result.stderr.count("train: begins on the first") >= 1
@@ -329,7 +354,7 @@ def test_overlap_ends_with_a_model_of_all_simulations(sbi_dist: Run, tmp_path: P
     bundles = [json.loads(path.read_text()) for path in models.glob("*/bundle.json")]
     assert len(bundles) == 1
     assert bundles[0]["started_from"] != bundles[0]["model"]
-    assert sum(rows for _, rows in _rows_of(bundles[0], tmp_path)) == 1000
+    assert sum(rows for _, rows in _rows_of(bundles[0], tmp_path)) == 700
     assert not list(tmp_path.rglob("overlap.json")) and not list(models.glob("*/stop"))
     # The same model by its name as without overlap: nothing is left to do.
     again = sbi_dist("run", "experiment.yaml")
