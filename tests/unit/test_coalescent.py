@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import msprime
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
@@ -12,10 +13,7 @@ from scipy.special import gammaln
 from sbi_dist.errors import InputError
 from sbi_dist.priors import sample_prior
 from sbi_dist.problem import load_problem
-
-msprime = pytest.importorskip("msprime")
-
-from sbi_dist.problems import coalescent  # noqa: E402  (needs msprime)
+from sbi_dist.problems import coalescent
 
 COPIES = 2 * coalescent.SAMPLE_SIZE
 COUNTS = np.arange(1, COPIES)  # derived allele counts
