@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.special import log_ndtr
+
+from sbi_dist.soft_uniform import SoftQuantile, soft_cdf, soft_log_density
 
 __all__ = ["SupportBijection", "matched_softness"]
-
-_TAIL = 7.0  # softnesses beyond the edge at which float64 can tell the image from the edge
 
 
 def matched_softness(residual_sd: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -41,9 +40,11 @@ def matched_softness(residual_sd: np.ndarray, low: np.ndarray, high: np.ndarray)
 class SupportBijection:
     """Map theta in the support to z in R^D and back, component by component.
 
+    Works on the device of what it is given, without waiting for it.
+
     Args:
         low, high: bounds of the support, float64 of shape (D,); may be infinite.
-        softness: shape (D,); used by bounded components only.
+        softness: shape (D,), positive; used by bounded components only.
     """
 
     def __init__(self, low: np.ndarray, high: np.ndarray, softness: np.ndarray | float) -> None:
@@ -53,10 +54,25 @@ class SupportBijection:
         self.softness = torch.as_tensor(
             np.broadcast_to(np.asarray(softness, dtype=np.float64), size).copy()
         )
-        has_low, has_high = torch.isfinite(self.low), torch.isfinite(self.high)
-        self._box = torch.nonzero(has_low & has_high).squeeze(-1)
-        self._above = torch.nonzero(has_low & ~has_high).squeeze(-1)
-        self._below = torch.nonzero(~has_low & has_high).squeeze(-1)
+        self._components = _Components(self.low, self.high, self.softness)
+        used = self.softness[self._components.box]
+        if not bool(((used > 0) & torch.isfinite(used)).all()):
+            raise ValueError(f"softness is {used.tolist()}; it must be positive and finite")
+        self._on_device = {torch.device("cpu"): self._components}
+        self._quantiles: dict[torch.device, SoftQuantile] = {}
+
+    def _on(self, device: torch.device) -> _Components:
+        if device not in self._on_device:
+            self._on_device[device] = self._components.to(device)
+        return self._on_device[device]
+
+    def _quantile(self, device: torch.device) -> SoftQuantile:
+        if device not in self._quantiles:
+            cpu = torch.device("cpu")
+            if cpu not in self._quantiles:
+                self._quantiles[cpu] = SoftQuantile(self._components.softness)
+            self._quantiles[device] = self._quantiles[cpu].to(device)
+        return self._quantiles[device]
 
     @property
     def size(self) -> int:
@@ -83,41 +99,81 @@ class SupportBijection:
 
     def contains(self, theta: Tensor) -> Tensor:
         """Whether theta (..., D) lies in the support, bool of shape (...)."""
-        inside = (theta >= self.low) & (theta <= self.high)
+        on = self._on(theta.device)
+        inside = (theta >= on.low) & (theta <= on.high)
         return inside.all(-1)
 
     def unconstrain(self, theta: Tensor) -> Tensor:
         """z of theta (..., D), float64. Points on an edge go to the nearest finite image."""
         theta = theta.to(torch.float64)
+        on = self._on(theta.device)
+        if on.only_box:
+            return self._quantile(theta.device)(((theta - on.low) / on.width).clamp(0.0, 1.0))
         z = theta.clone()
-        if self._box.numel():
-            low, high = self.low[self._box], self.high[self._box]
-            unit = ((theta[..., self._box] - low) / (high - low)).clamp(0.0, 1.0)
-            z[..., self._box] = _soft_quantile(unit, self.softness[self._box])
-        if self._above.numel():
-            distance = theta[..., self._above] - self.low[self._above]
-            z[..., self._above] = distance.clamp_min(_TINY).log()
-        if self._below.numel():
-            distance = self.high[self._below] - theta[..., self._below]
-            z[..., self._below] = -distance.clamp_min(_TINY).log()
+        if on.box.numel():
+            unit = (theta[..., on.box] - on.low[on.box]) / on.width
+            z[..., on.box] = self._quantile(theta.device)(unit.clamp(0.0, 1.0))
+        if on.above.numel():
+            distance = theta[..., on.above] - on.low[on.above]
+            z[..., on.above] = distance.clamp_min(_TINY).log()
+        if on.below.numel():
+            distance = on.high[on.below] - theta[..., on.below]
+            z[..., on.below] = -distance.clamp_min(_TINY).log()
         return z
 
     def constrain(self, z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """theta of z (..., D), in ``dtype`` (default z's); always inside the support's closure."""
         dtype = dtype or z.dtype
         z = z.to(torch.float64)
-        theta = z.clone()
-        if self._box.numel():
-            low, high = self.low[self._box], self.high[self._box]
-            unit = _soft_cdf(z[..., self._box], self.softness[self._box])
-            theta[..., self._box] = low + (high - low) * unit
-        if self._above.numel():
-            theta[..., self._above] = self.low[self._above] + z[..., self._above].exp()
-        if self._below.numel():
-            theta[..., self._below] = self.high[self._below] - (-z[..., self._below]).exp()
-        return theta.to(dtype).clamp(*self._representable_bounds(dtype))
+        on = self._on(z.device)
+        if on.only_box:
+            theta = on.low + on.width * soft_cdf(z, on.softness)
+        else:
+            theta = z.clone()
+        if on.box.numel() and not on.only_box:
+            unit = soft_cdf(z[..., on.box], on.softness)
+            theta[..., on.box] = on.low[on.box] + on.width * unit
+        if on.above.numel():
+            theta[..., on.above] = on.low[on.above] + z[..., on.above].exp()
+        if on.below.numel():
+            theta[..., on.below] = on.high[on.below] - (-z[..., on.below]).exp()
+        return theta.to(dtype).clamp(*on.representable_bounds(dtype))
 
-    def _representable_bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def log_det(self, z: Tensor) -> Tensor:
+        """log |d theta / d z| summed over components, float64 of shape (...)."""
+        z = z.to(torch.float64)
+        on = self._on(z.device)
+        total = torch.zeros(z.shape[:-1], dtype=torch.float64, device=z.device)
+        if on.box.numel():
+            soft = soft_log_density(z if on.only_box else z[..., on.box], on.softness)
+            total = total + (on.width.log() + soft).sum(-1)
+        if on.above.numel():
+            total = total + z[..., on.above].sum(-1)
+        if on.below.numel():
+            total = total - z[..., on.below].sum(-1)
+        return total
+
+
+class _Components:
+    """The bounds, and which components have two, one or none, on one device."""
+
+    def __init__(self, low: Tensor, high: Tensor, softness: Tensor) -> None:
+        has_low, has_high = torch.isfinite(low), torch.isfinite(high)
+        self.low, self.high = low, high
+        self.box = torch.nonzero(has_low & has_high).squeeze(-1)
+        self.above = torch.nonzero(has_low & ~has_high).squeeze(-1)
+        self.below = torch.nonzero(~has_low & has_high).squeeze(-1)
+        self.only_box = len(self.box) == len(low)
+        # Of the components with two bounds alone.
+        self.width, self.softness = (high - low)[self.box], softness[self.box]
+
+    def to(self, device: torch.device) -> _Components:
+        moved = _Components.__new__(_Components)
+        for name, value in vars(self).items():
+            setattr(moved, name, value.to(device) if isinstance(value, Tensor) else value)
+        return moved
+
+    def representable_bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The outermost finite numbers of a dtype inside the support."""
         low, high = self.low.to(dtype), self.high.to(dtype)
         inf = torch.full_like(low, math.inf)
@@ -126,60 +182,5 @@ class SupportBijection:
         largest = torch.finfo(dtype).max
         return low.clamp_min(-largest), high.clamp_max(largest)
 
-    def log_det(self, z: Tensor) -> Tensor:
-        """log |d theta / d z| summed over components, float64 of shape (...)."""
-        z = z.to(torch.float64)
-        total = torch.zeros(z.shape[:-1], dtype=torch.float64)
-        if self._box.numel():
-            width = (self.high - self.low)[self._box]
-            soft = _soft_log_density(z[..., self._box], self.softness[self._box])
-            total = total + (width.log() + soft).sum(-1)
-        if self._above.numel():
-            total = total + z[..., self._above].sum(-1)
-        if self._below.numel():
-            total = total - z[..., self._below].sum(-1)
-        return total
-
 
 _TINY = 1e-300
-
-
-def _integral_of_ndtr(t: Tensor) -> Tensor:
-    """t Phi(t) + phi(t), the integral of the normal distribution function up to t."""
-    # Phi by erfc: torch's ndtr rounds to 1e-16, not in proportion, so that the tail is lost.
-    cdf = 0.5 * torch.erfc(t / -math.sqrt(2))
-    return t * cdf + torch.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)
-
-
-def _soft_cdf(z: Tensor, s: Tensor) -> Tensor:
-    # By symmetry computed on the lower half, where no cancellation occurs.
-    lower = -z.abs()
-    cdf = 0.5 * s * (_integral_of_ndtr((lower + 1) / s) - _integral_of_ndtr((lower - 1) / s))
-    return torch.where(z > 0, 1 - cdf, cdf)
-
-
-def _soft_log_density(z: Tensor, s: Tensor) -> Tensor:
-    lower = -z.abs()
-    upper_log = log_ndtr((lower + 1) / s)
-    difference = log_ndtr((lower - 1) / s) - upper_log
-    return upper_log + torch.log(-torch.expm1(difference)) - math.log(2.0)
-
-
-def _soft_quantile(unit: Tensor, s: Tensor) -> Tensor:
-    """Inverse of :func:`_soft_cdf`: bisection, then Newton steps kept inside the bracket."""
-    lower_half = torch.minimum(unit, 1 - unit)
-    left = (-1 - _TAIL * s).expand_as(unit).clone()
-    # Beyond zero, so that no root is at this end of the bracket.
-    right = (0.1 * s).expand_as(unit).clone()
-    for _ in range(8):
-        middle = 0.5 * (left + right)
-        below = _soft_cdf(middle, s) < lower_half
-        left, right = torch.where(below, middle, left), torch.where(below, right, middle)
-    z = 0.5 * (left + right)
-    for _ in range(8):
-        # On the logarithm, which is concave: after the first, steps approach from the left.
-        cdf = _soft_cdf(z, s).clamp_min(_TINY)
-        slope = torch.exp(_soft_log_density(z, s)) / cdf
-        step = (cdf.log() - lower_half.clamp_min(_TINY).log()) / slope
-        z = (z - step).clamp(left, right)
-    return torch.where(unit > 0.5, -z, z)

@@ -83,8 +83,8 @@ def cli() -> None:
     """Simulation-based inference from an experiment file to posteriors, on Ray.
 
     EXPERIMENT is a YAML file, or the name of a shipped experiment (coalescent, gaussian,
-    lynx_hare). Every stage keeps its results in the store, finds what is finished, and may be
-    stopped and run again at any time.
+    lynx_hare, slcp, two_moons). Every stage keeps its results in the store, finds what is
+    finished, and may be stopped and run again at any time.
     """
 
 
@@ -137,6 +137,20 @@ def train(**arguments: Any) -> None:
     pipeline = _pipeline(**arguments)
     model_id = pipeline.train()
     click.echo(f"{pipeline.store.uri}/models/{model_id}")
+
+
+@cli.command()
+@_common
+def tune(**arguments: Any) -> None:
+    """Search over the density estimator's settings, on the stored simulations.
+
+    Prints what each setting came to, and the train section of the best one; trains no model.
+    """
+    found = _pipeline(**arguments).tune()
+    click.echo(f"{found.table}\n\n{found.verdict}\n\n{found.section}")
+    if found.overrides:
+        click.echo(" ".join(found.overrides))
+    click.echo(f"{found.store.uri}/best.yaml")
 
 
 @cli.command()

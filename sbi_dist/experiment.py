@@ -18,6 +18,7 @@ from sbi_dist.errors import InputError
 from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.options import Options, nearest, option
 from sbi_dist.simulation.options import SimulateOptions
+from sbi_dist.tuning.options import TuneOptions
 
 __all__ = ["Experiment", "digest", "load_experiment", "shipped"]
 
@@ -34,6 +35,7 @@ class Experiment(Options):
     )
     simulate: SimulateOptions = dataclasses.field(default_factory=SimulateOptions)
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
+    tune: TuneOptions = dataclasses.field(default_factory=TuneOptions)
     infer: InferOptions = dataclasses.field(default_factory=InferOptions)
 
     # Folder that relative problem files are looked up in; not part of the file.
@@ -168,5 +170,10 @@ def _explain(problem: Any) -> str:
     return f"{field} is {value!r}; it {message[0].lower()}{message[1:]}"
 
 
-_SECTIONS = {"simulate": SimulateOptions, "train": TrainOptions, "infer": InferOptions}
+_SECTIONS = {
+    "simulate": SimulateOptions,
+    "train": TrainOptions,
+    "tune": TuneOptions,
+    "infer": InferOptions,
+}
 _ADAPTER = pydantic.TypeAdapter(Experiment, config=None)

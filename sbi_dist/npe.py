@@ -21,7 +21,7 @@ from torch.distributions import Distribution
 
 from sbi_dist.errors import InputError
 from sbi_dist.estimation.bundle import load_bundle
-from sbi_dist.estimation.density_estimator import DensityEstimator
+from sbi_dist.estimation.ensemble import Estimator
 from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.estimation.trainer import METRICS, train
 from sbi_dist.posterior.posterior import Posterior
@@ -185,7 +185,7 @@ class NPE:
     Args:
         prior: the prior; may be given to :meth:`build_posterior` instead.
         density_estimator: ``nsf`` or ``maf``.
-        device: accepted for likeness with ``sbi``; Ray Train chooses from ``gpus_per_worker``.
+        device: ``cpu``, or ``cuda`` (``gpu``) to train on a GPU.
         show_progress_bars: whether to show progress.
         store: a place that all machines of the cluster see; default a temporary directory here.
         options: further fields of ``TrainOptions``, such as ``embedding`` or ``workers``.
@@ -203,10 +203,14 @@ class NPE:
         self.prior = None if prior is None else as_prior(prior)
         self._store, self._show = store, show_progress_bars
         # One worker needs no process group, so it trains here, by Ray Train's local mode.
-        self.options = _options({"workers": 0, "estimator": density_estimator, **options})
+        kind = str(device).partition(":")[0]
+        if kind not in ("cpu", "cuda", "gpu"):
+            raise InputError(f"device is {device!r}; it must be 'cpu' or 'cuda'")
+        gpus = {} if kind == "cpu" else {"gpus_per_worker": 1.0}
+        self.options = _options({"workers": 0, "estimator": density_estimator, **gpus, **options})
         self._theta: list[np.ndarray] = []
         self._x: list[np.ndarray] = []
-        self._estimator: DensityEstimator | None = None
+        self._estimator: Estimator | None = None
         self._about: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
 
@@ -246,7 +250,7 @@ class NPE:
         clip_max_norm: float | None = None,
         seed: int | None = None,
         **options: Any,
-    ) -> DensityEstimator:
+    ) -> Estimator:
         """Train by a Ray Train job on the appended simulations; the fitted density estimator.
 
         The arguments are those of ``sbi`` (``stop_after_epochs`` is ``TrainOptions.patience``) and
@@ -276,7 +280,7 @@ class NPE:
             root.put("simulations/shard-000000.parquet", data)
             model = root.child("model")
             self._about = train(
-                root.child("simulations"), [0], bounds, model, chosen, about, self._show
+                root.child("simulations"), [record], bounds, model, chosen, about, self._show
             )
             self._estimator = load_bundle(model)[0]
             self.summary = {**_history(model), "shard": record.digest}
@@ -307,7 +311,7 @@ class NPE:
         return simulations, unbounded if self.prior is None else support_bounds(self.prior), about
 
     def build_posterior(
-        self, density_estimator: DensityEstimator | None = None, prior: Any = None, **_: Any
+        self, density_estimator: Estimator | None = None, prior: Any = None, **_: Any
     ) -> Posterior:
         """The posterior of the given, or else the last trained, density estimator."""
         estimator = density_estimator or self._estimator

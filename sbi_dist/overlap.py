@@ -82,7 +82,8 @@ def _leaving_room(experiment: Experiment) -> SimulateOptions:
     """The stage's options with fewer actors than fill the cluster, for the training beside them."""
     options, training = experiment.simulate, experiment.train
     room = capacity(options.resources())
-    taken = max(1, training.workers) * max(1.0, training.cpus_per_worker or 1.0)
+    workers = training.workers if isinstance(training.workers, int) else 1
+    taken = max(1, workers) * max(1.0, training.cpus_per_worker or 1.0)
     left = max(1, int(room - -(-taken // max(options.cpus_per_actor, 1e-9))))
     if options.actors is not None:
         left = min(left, options.actors)

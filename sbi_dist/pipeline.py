@@ -40,6 +40,7 @@ from sbi_dist.simulation.prepare import find_form
 from sbi_dist.simulation.shard import ShardRecord, versions
 from sbi_dist.simulation.verify import verify
 from sbi_dist.store import ObjectStore, open_store
+from sbi_dist.tuning.stage import Found, Simulated, searches, tune_settings
 
 __all__ = ["Pipeline"]
 
@@ -143,6 +144,26 @@ class Pipeline:
     def train(self) -> str:
         """Train on the current round's simulations, promote the last round's model; the model."""
         this = self.rounds.current()
+        records = self._simulated(this, "train")
+        start = warm_start(this, self.rounds)
+        if start is None and self.experiment.train.warm_start:
+            start = self.rounds.predecessor(this, records)
+            if start is not None:
+                say(f"train: starts from the weights of {start.uri}")
+        model = self._fit(this, records, start)
+        model_id = self.rounds.model_id(this, records)
+        end_overlap(this, self.rounds, model)
+        say(f"train: model {model_id} is complete in {model.uri}")
+        if this.number == self.experiment.simulate.rounds:
+            self.store.put(PROMOTED, json.dumps({"model": model_id}).encode())
+        return model_id
+
+    def _simulated(self, this: Round, stage: str) -> list[ShardRecord]:
+        """The shards of a round that is simulated in full.
+
+        Raises:
+            InputError: it is not; says what there is.
+        """
         records = self.rounds.records(this)
         if records is None:
             stored = Dataset(this.store).stored().rows
@@ -154,16 +175,23 @@ class Pipeline:
             )
             which = f" of round {this.number}" if options.rounds > 1 else ""
             raise InputError(
-                f"train: {this.store.uri} holds {stored:,} simulations{which} and {asked}; run "
+                f"{stage}: {this.store.uri} holds {stored:,} simulations{which} and {asked}; run "
                 "`sbi-dist simulate` first"
             )
-        model = self._fit(this, records, warm_start(this, self.rounds))
-        model_id = self.rounds.model_id(this, records)
-        end_overlap(this, self.rounds, model)
-        say(f"train: model {model_id} is complete in {model.uri}")
-        if this.number == self.experiment.simulate.rounds:
-            self.store.put(PROMOTED, json.dumps({"model": model_id}).encode())
-        return model_id
+        return records
+
+    def tune(self) -> Found:
+        """Search over settings of the train section, on the current round's simulations."""
+        this = self.rounds.current()
+        records = self._simulated(this, "tune")
+        bounds = support_bounds(this.problem.prior)
+        return tune_settings(
+            self.experiment.tune,
+            self.experiment.train,
+            Simulated(this.dataset_id, this.store, records, bounds),
+            self.store,
+            self.address,
+        )
 
     def _fit(
         self,
@@ -188,7 +216,7 @@ class Pipeline:
             with connected(self.address):
                 train(
                     this.store,
-                    [record.index for record in records],
+                    records,
                     support_bounds(this.problem.prior),
                     model,
                     self.experiment.train,
@@ -375,6 +403,7 @@ class Pipeline:
             "trained": trained,
             "training": self._training_summary(model_id),
             "promoted": promoted,
+            "searches": searches(self.store),
             "posteriors": self.store.folders("posteriors/"),
         }
 

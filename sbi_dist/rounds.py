@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sbi_dist.estimation.bundle import BUNDLE
+from sbi_dist.estimation.options import ARCHITECTURE
 from sbi_dist.experiment import Experiment, digest
 from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.priors import prior_from_data, prior_to_data, support_bounds, truncate
@@ -90,6 +91,42 @@ class Rounds:
     def model(self, model_id: str) -> ObjectStore:
         """A model's folder."""
         return self._store.child(f"models/{model_id}")
+
+    def predecessor(self, this: Round, records: list[ShardRecord]) -> ObjectStore | None:
+        """The folder of a model to start from, trained on fewer of the given shards, if any.
+
+        It has the same architecture, and held out the same simulations of those that it saw, so
+        that what it was trained on is not what its successor is validated on. Of several it is the
+        one that saw most; the choice is kept, as others may be trained meanwhile.
+        """
+        model_id = self.model_id(this, records)
+        key = f"models/{model_id}/start.json"
+        if not self._store.exists(key):
+            chosen = self._predecessor(this, records, model_id)
+            self._store.put_if_absent(key, json.dumps({"model": chosen}).encode())
+        chosen = json.loads(self._store.get(key))["model"]
+        return None if chosen is None else self.model(chosen)
+
+    def _predecessor(self, this: Round, records: list[ShardRecord], own: str) -> str | None:
+        wanted = dataclasses.asdict(self._experiment.train)
+        alike = (*ARCHITECTURE, "seed", "validation_fraction")
+        shards = [[record.index, record.digest] for record in records]
+        found: dict[str, int] = {}
+        for name in self._store.folders("models/"):
+            key = f"models/{name}/{BUNDLE}"
+            if name == own or not self._store.exists(key):
+                continue
+            about = json.loads(self._store.get(key))
+            dataset = about.get("dataset", {})
+            seen = dataset.get("shards", [])
+            if (
+                dataset.get("id") == this.dataset_id
+                and seen == shards[: len(seen)]
+                and len(seen) < len(shards)
+                and all(about["estimator"].get(field) == wanted[field] for field in alike)
+            ):
+                found[name] = len(seen)
+        return max(found, key=lambda name: (found[name], name), default=None)
 
     def _round(self, number: int, problem: Problem) -> Round:
         identity = digest(

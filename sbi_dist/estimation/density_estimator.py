@@ -38,6 +38,16 @@ class DensityEstimator(nn.Module):
         """Trainable numbers."""
         return sum(weight.numel() for weight in self.flow.parameters())
 
+    @property
+    def noise_size(self) -> int:
+        """Standard normal numbers that :meth:`push` makes one theta of."""
+        return self.num_parameters
+
+    @property
+    def support(self) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds of theta, float64 of shape (D,) each; may be infinite."""
+        return self.standardization.bijection.low, self.standardization.bijection.high
+
     def embed(self, x: Tensor) -> Tensor:
         """Context vectors (B, C) of observations x (B, *x_shape)."""
         return self.flow.embedding(self.standardization.x(x))
@@ -54,10 +64,27 @@ class DensityEstimator(nn.Module):
     def log_prob_given_context(self, theta: Tensor, context: Tensor) -> Tensor:
         """As :meth:`log_prob`, with x already embedded (N, C)."""
         u, log_det = self.standardization.u(theta)
-        log_q = self.flow.flow._log_prob(u, context) + log_det.float()
+        log_q = self.flow.log_prob(u, context) + log_det.float()
         inside = self.standardization.bijection.contains(theta.double())
         return torch.where(inside, log_q, torch.full_like(log_q, -torch.inf))
 
     def push(self, noise: Tensor, context: Tensor) -> Tensor:
         """theta (N, D) in the support from standard normal noise (N, D) and context (N, C)."""
         return self.standardization.theta(self.flow.push(noise, context))
+
+    # ---- in coordinates without bounds ----
+
+    def unconstrained(self, theta: Tensor) -> Tensor:
+        """u of theta (N, D): coordinates on R^D, with sd 1 under the prior, float32."""
+        return self.standardization.u(theta)[0]
+
+    def constrained(self, u: Tensor) -> Tensor:
+        """theta (N, D), float32, inside the support; the inverse of :meth:`unconstrained`."""
+        return self.standardization.theta(u)
+
+    def log_prob_unconstrained(self, u: Tensor, context: Tensor) -> Tensor:
+        """log q(theta | x), a density over theta, at theta of u (N, D); for gradients by u."""
+        standardization = self.standardization
+        z = u.double() * standardization.theta_sd + standardization.theta_mean
+        log_det = standardization.bijection.log_det(z) + standardization.theta_sd.log().sum()
+        return self.flow.flow._log_prob(u, context) - log_det

@@ -2,13 +2,14 @@
 
 u is the standardized image of theta in R^D (see ``standardize.py``). The first layer standardizes
 u given x: ``w = (u - m(x)) exp(a(x))``, with m and a linear in the embedded x plus a residual
-network that starts at zero. It is initialized by least squares, so that training starts from the
+network that starts at zero. It is initialized by regression, so that training starts from the
 linear-Gaussian regression of theta on x and every layer after it sees residuals of order one.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from nflows import distributions, flows, transforms
@@ -16,7 +17,9 @@ from nflows.nn.nets import ResidualNet
 from torch import Tensor, nn
 
 from sbi_dist.estimation.embedding import build_embedding
+from sbi_dist.estimation.fast import FastLogProb, fast_log_prob
 from sbi_dist.estimation.options import TrainOptions
+from sbi_dist.estimation.regression import ridge_regression
 from sbi_dist.estimation.spline import FastLULinear, FastSplineCoupling
 
 __all__ = ["ConditionalAffine", "ConditionalFlow"]
@@ -41,19 +44,13 @@ class ConditionalAffine(transforms.Transform):
             nn.init.zeros_(layer.bias)
 
     def initialize(self, u: Tensor, context: Tensor) -> None:
-        """Set m to the least-squares regression of u on the context, a to its residuals' scale."""
-        wide_u, wide_context = u.double(), context.double()
-        mean_u, mean_context = wide_u.mean(0), wide_context.mean(0)
-        centred = wide_context - mean_context
-        # A little ridge: columns may be constant or copies of each other.
-        gram = centred.T @ centred + 1e-6 * len(u) * torch.eye(centred.shape[1]).to(centred)
-        slope = torch.linalg.solve(gram, centred.T @ (wide_u - mean_u))
-        residual = wide_u - mean_u - centred @ slope
+        """Set m to the linear regression of u on the context, a to the scale of its errors."""
         size = u.shape[1]
+        slope, intercept, sd = ridge_regression(context, u)
         with torch.no_grad():
             self.linear.weight[:size] = slope.T.to(u)
-            self.linear.bias[:size] = (mean_u - mean_context @ slope).to(u)
-            self.linear.bias[size:] = -residual.std(0).clamp_min(1e-4).log().to(u)
+            self.linear.bias[:size] = intercept.to(u)
+            self.linear.bias[size:] = -sd.clamp_min(1e-4).log().to(u)
 
     def _shift_and_log_scale(self, context: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = (self.linear(context) + self.network(context)).chunk(2, dim=-1)
@@ -95,6 +92,11 @@ class ConditionalFlow(nn.Module):
         self.flow = flows.Flow(
             transforms.CompositeTransform(layers), distributions.StandardNormal([features])
         )
+        self._fast: FastLogProb | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles prepare the fast computation for their own weights.
+        return {**self.__dict__, "_fast": None}
 
     def initialize(self, u: Tensor, x: Tensor) -> None:
         """Start from the linear regression of u on the embedded x."""
@@ -103,7 +105,16 @@ class ConditionalFlow(nn.Module):
 
     def forward(self, u: Tensor, x: Tensor) -> Tensor:
         """log q(u | x), shape (N,), for u (N, D) and x (N, *x_shape)."""
-        return self.flow.log_prob(u, context=self.embedding(x))
+        return self.log_prob(u, self.embedding(x))
+
+    def log_prob(self, u: Tensor, context: Tensor) -> Tensor:
+        """log q(u | x), shape (N,), for u (N, D) and embedded x (N, C).
+
+        The same as ``flow.log_prob``, nflows' own, to rounding; differentiable once.
+        """
+        if self._fast is None:
+            self._fast = fast_log_prob(self)
+        return self._fast(u, context)
 
     def push(self, noise: Tensor, context: Tensor) -> Tensor:
         """u (N, D) from standard normal noise (N, D) and embedded x (N, C)."""

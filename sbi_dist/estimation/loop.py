@@ -1,91 +1,73 @@
-"""One worker's training: minimize the mean of -log q(theta | x) over stored simulations.
+"""The training loop: minimize the mean of -log q(theta | x) over stored simulations.
 
-Plain PyTorch, no Ray: the trainer calls :func:`fit` in each of its workers, tests and notebooks
-call it directly. Every random choice is a function of (seed, epoch), so that a run which resumes
-from a checkpoint takes the same steps as one that was never stopped.
+Plain PyTorch, no Ray: the trainer calls :func:`fit_source` in each of its workers, tests and
+notebooks call :func:`fit`. Every random choice is a function of (seed, epoch, step), and a
+checkpoint holds all that the next step depends on, so that a run that goes on from one takes the
+same steps as one that was never stopped. Where rows come from is ``data``'s matter, what a step
+does is ``optimize``'s, how large it is and when to stop is ``schedule``'s.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import io
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from sbi_dist.errors import InputError, StageError
+from sbi_dist.errors import StageError
+from sbi_dist.estimation.checkpoint import Checkpoints, DamagedCheckpoint, decode, encode
+from sbi_dist.estimation.data import ArraySource, Source, TrainingData, load_data, split
 from sbi_dist.estimation.density_estimator import DensityEstimator
+from sbi_dist.estimation.optimize import Optimization
 from sbi_dist.estimation.options import TrainOptions
-from sbi_dist.estimation.standardize import Standardization
+from sbi_dist.estimation.schedule import Schedule, batch_size_for
+from sbi_dist.estimation.snapshot import Snapshot
+from sbi_dist.estimation.workers import ALONE, Workers
 
-__all__ = ["Checkpoints", "Workers", "defaults_for", "fit", "split"]
+__all__ = ["Leave", "Signals", "Watch", "fit", "fit_source", "split"]
 
-_LOWER = 0.3  # factor of the learning rate at a plateau
-_WARM_UP_STEPS = 50
+# A GPU runs ahead of the program; it is waited for only every so many steps.
+_LOOK_EVERY = {"cpu": 1, "cuda": 32}
+# So many steps without a finite gradient, of so many, mean that the weights themselves are bad.
+_WINDOW, _BAD = 100, 20
+_RECOVERIES = 4
 
-
-@dataclasses.dataclass(frozen=True)
-class Workers:
-    """This worker's place among those that train together, and its device."""
-
-    rank: int = 0
-    count: int = 1
-    device: torch.device = torch.device("cpu")
-
-    def total(self, *values: float) -> list[float]:
-        """Sums of the values over all workers."""
-        if self.count == 1:
-            return list(values)
-        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(summed)
-        return summed.tolist()
+NOTHING, CHECKPOINT, FINISH, LEAVE, TOGETHER = range(5)
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoints:
-    """Where checkpoints go and come from: bytes in, bytes out."""
+class Signals(Protocol):
+    """What others ask of a training while it runs."""
 
-    save: Callable[[int, bytes], None]
-    latest: Callable[[], list[bytes]]
-    every_s: float
+    def wanted(self) -> int:
+        """Asked of the first worker before each step: one of
 
+        NOTHING; CHECKPOINT, save one and go on; FINISH, end after this epoch; LEAVE, save one and
+        stop; TOGETHER, call ``together`` on all workers.
+        """
+        ...
 
-def defaults_for(options: TrainOptions, training: int) -> tuple[int, int]:
-    """Batch size and patience (epochs) for a number of training simulations."""
-    batch = options.batch_size or min(max(200, training // 100), 1000)
-    batch = min(batch, training)
-    steps = max(1, training // batch)
-    patience = options.patience or int(np.clip(round(300 / steps), 3, 5))
-    return batch, patience
+    def together(self) -> int:
+        """NOTHING or CHECKPOINT, the same on all workers."""
+        ...
 
 
-def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indexes of the training and of the validation simulations.
+class _Silence:
+    def wanted(self) -> int:
+        return NOTHING
 
-    One random row of each 1 / fraction is held out. More rows behind these change nothing for
-    them, so that what a model was trained on is not what its successor is validated on.
+    def together(self) -> int:
+        return NOTHING
 
-    Raises:
-        InputError: too few simulations for both.
-    """
-    edges = np.floor(np.arange(int(count * fraction) + 2) / fraction)
-    picks = np.random.Generator(np.random.Philox(key=seed)).random(len(edges) - 1)
-    held_out = np.floor(edges[:-1] + picks * np.diff(edges)).astype(int)
-    if held_out[0] >= count:  # fewer rows than one is to be held out of
-        held_out[0] = int(picks[0] * count)
-    held_out = held_out[held_out < count]
-    if count < 20 or len(held_out) < 1 or count - len(held_out) < 10:
-        raise InputError(
-            f"train: {count} usable simulations are too few; at least 20 are needed (raise "
-            "simulate.num_simulations)"
-        )
-    return np.setdiff1d(np.arange(count), held_out, assume_unique=True), held_out
+
+# Told of each step: a function that gives the state of things, and the history so far.
+Watch = Callable[[Callable[[], Snapshot], dict[str, Any]], None]
+
+
+class Leave(Exception):
+    """The training was asked to stop; it goes on from its last checkpoint."""
 
 
 def fit(
@@ -93,110 +75,105 @@ def fit(
     x: np.ndarray,
     bounds: tuple[np.ndarray, np.ndarray],
     options: TrainOptions,
-    workers: Workers = Workers(),
+    workers: Workers = ALONE,
     checkpoints: Checkpoints | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
     start: DensityEstimator | None = None,
-    until: Callable[[], bool] | None = None,
 ) -> tuple[DensityEstimator, dict[str, Any]]:
-    """Train a density estimator on simulations.
+    """Train a density estimator on simulations in memory.
 
     Args:
         theta, x: the simulations, float32 of shapes (N, D) and (N, *x_shape), all finite.
+        bounds: lower and upper bounds of the prior's support, each of shape (D,).
+
+    The other arguments, the result and the errors are those of :func:`fit_source`.
+    """
+    return fit_source(
+        ArraySource(theta, x), bounds, options, workers, checkpoints, report, start=start
+    )
+
+
+def fit_source(
+    source: Source,
+    bounds: tuple[np.ndarray, np.ndarray],
+    options: TrainOptions,
+    workers: Workers = ALONE,
+    checkpoints: Checkpoints | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    watch: Watch | None = None,
+    start: DensityEstimator | None = None,
+    signals: Signals | None = None,
+) -> tuple[DensityEstimator, dict[str, Any]]:
+    """Train a density estimator.
+
+    Args:
+        source: the simulations.
         bounds: lower and upper bounds of the prior's support, each of shape (D,).
         options: the stage's options.
         workers: this worker's place; all workers get the same arguments otherwise.
         checkpoints: None trains without.
         report: called after each epoch with the history so far.
+        watch: called after each step.
         start: an estimator of the same architecture, whose weights and standardization are taken
             up: one trained on the first of these simulations, say.
-        until: asked after each epoch whether to stop; None trains to the end.
+        signals: what others ask of the training while it runs.
 
     Returns:
         The estimator with the weights of the best validation loss, and the history: ``epoch``,
         ``training_loss``, ``validation_loss`` and ``learning_rate`` by epoch (losses in nats, of
-        theta itself), ``best_epoch``, ``best_validation_loss``, ``seconds``, sizes.
+        theta itself), ``best_epoch``, ``best_validation_loss``, ``seconds``, sizes, ``notes``.
 
     Raises:
-        InputError: too few simulations.
-        StageError: the loss is not a finite number.
+        InputError: too few simulations, or settings that do not fit them.
+        StageError: the loss stays without a finite value, or the memory is too small.
+        Leave: a signal asked for it.
     """
-    training, held_out = split(len(theta), options.validation_fraction, options.seed)
-    standardization = (
-        Standardization.fit(theta[training], x[training], *bounds, options.x_scale)
-        if start is None
-        else start.standardization
+    data = load_data(
+        source,
+        bounds,
+        options,
+        lambda training: batch_size_for(options, training),
+        workers,
+        None if start is None else start.standardization,
     )
-    u, log_det = standardization.u(torch.from_numpy(theta))
-    x_in = standardization.x(torch.from_numpy(x))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        estimator = DensityEstimator(options, standardization, x.shape[1:])
-    rows = torch.from_numpy(training)
-    if start is None:
-        estimator.flow.initialize(u[rows[:100_000]], x_in[rows[:100_000]])
-    else:
-        estimator.flow.load_state_dict(start.flow.state_dict())
-    data = _Data(
-        u[rows].to(workers.device),
-        x_in[rows].to(workers.device),
-        u[held_out].to(workers.device),
-        x_in[held_out].to(workers.device),
-        float(log_det[rows].mean()),
-        float(log_det[held_out].mean()),
-    )
-    estimator.flow.to(workers.device)
-    state = _Training(estimator, data, options, workers, until)
-    if checkpoints is not None:
-        state.resume(checkpoints.latest())
-    state.run(checkpoints, report)
-    estimator.flow.load_state_dict(state.best)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            estimator = DensityEstimator(options, data.standardization, source.x_shape)
+        if start is None:
+            estimator.flow.initialize(*data.sample())
+        else:
+            estimator.flow.load_state_dict(start.flow.state_dict())
+        estimator.flow.to(workers.device)
+        training = _Training(estimator, data, options, workers, signals or _Silence())
+        if checkpoints is not None:
+            training.resume(checkpoints)
+        training.run(checkpoints, report, watch)
+    finally:
+        data.close()
     estimator.flow.cpu().eval()
-    return estimator, state.history
-
-
-@dataclasses.dataclass(frozen=True)
-class _Data:
-    u: Tensor
-    x: Tensor
-    validation_u: Tensor
-    validation_x: Tensor
-    log_det: float  # mean log |du/dtheta|: makes a loss in u one in theta
-    validation_log_det: float
+    return estimator, training.history
 
 
 class _Training:
-    """The state of an optimization, and its steps."""
+    """The state of a training, and its steps."""
 
     def __init__(
         self,
         estimator: DensityEstimator,
-        data: _Data,
+        data: TrainingData,
         options: TrainOptions,
         workers: Workers,
-        until: Callable[[], bool] | None = None,
+        signals: Signals,
     ) -> None:
-        self.options, self.workers, self.data, self.until = options, workers, data, until
-        self.batch, self.patience = defaults_for(options, len(data.u))
-        if self.batch < workers.count:
-            raise InputError(
-                f"train.workers is {workers.count}, more than the batch size {self.batch}"
-            )
+        self.options, self.workers, self.data, self.signals = options, workers, data, signals
         self.flow = estimator.flow
-        self.model: nn.Module = self.flow
-        if workers.count > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.flow)
-        self.optimizer = torch.optim.AdamW(
-            self.flow.parameters(),
-            lr=options.learning_rate,
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
-        self.factor, self.waited, self.lowered, self.step = 1.0, 0, 0, 0
-        self.finished = False
-        self.seconds = 0.0
-        self.best = copy.deepcopy(self.flow.state_dict())
-        loss = self._validation_loss()
+        self.optimization = Optimization(self.flow, options, workers, data.batch_size)
+        self.epoch, self.step = 1, 0  # of the next step
+        self.seconds, self.restarts, self.window = 0.0, 0, 0
+        self.best = self.optimization.weights.clone()
+        loss = self._validate()
+        self.schedule = Schedule(options, data.steps, loss)
         self.history: dict[str, Any] = {
             "epoch": [0],
             "training_loss": [None],
@@ -205,147 +182,236 @@ class _Training:
             "best_epoch": 0,
             "best_validation_loss": loss,
             "seconds": 0.0,
-            "training_simulations": len(data.u),
-            "validation_simulations": len(data.validation_u),
-            "batch_size": self.batch,
+            "training_simulations": data.training,
+            "validation_simulations": data.validation,
+            "batch_size": data.batch_size,
+            "steps": data.steps,
+            "skipped_steps": 0,
+            "input_wait": [],
+            "notes": [],
         }
+        if not math.isfinite(loss):
+            raise StageError(
+                f"train: the loss is {loss} before the first step; look at x for extreme values "
+                "(train.x_scale)"
+            )
 
     # ---- steps ----
 
     def run(
-        self, checkpoints: Checkpoints | None, report: Callable[[dict[str, Any]], None] | None
+        self,
+        checkpoints: Checkpoints | None,
+        report: Callable[[dict[str, Any]], None] | None,
+        watch: Watch | None,
     ) -> None:
-        saved = time.monotonic()
-        while not self.finished:
-            started = time.monotonic()
-            self._epoch()
-            now = time.monotonic()
-            self.seconds += now - started
-            self.history["seconds"] = self.seconds
-            self._decide()
-            due = checkpoints is not None and now - saved >= checkpoints.every_s
-            if checkpoints is not None and due and self.workers.rank == 0 and not self.finished:
-                checkpoints.save(self.history["epoch"][-1], self.state())
-                saved = time.monotonic()
+        self._began, self._before = time.monotonic(), self.seconds
+        self._steps_here, self._checkpoints = 0, 0
+        self._saved_at, self._saved_epoch = self._began, self.epoch
+        finishing = self.schedule.finished
+        while not finishing:
+            finishing = self._epoch(checkpoints, watch)
             if report is not None:
                 report(self.history)
+        self.optimization.go_back(self.best)
+        if checkpoints is not None:
+            checkpoints.flush()
 
-    def _epoch(self) -> None:
-        epoch = self.history["epoch"][-1] + 1
-        count, workers = len(self.data.u), self.workers
-        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
-        order = torch.randperm(count, generator=generator).to(workers.device)
-        # Each worker takes the same number of rows of every global batch, so that the mean of
-        # the workers' gradients is the batch's gradient.
-        share = self.batch // workers.count
-        self.model.train()
-        torch.manual_seed(self.options.seed * 1_000_003 + epoch)  # dropout
-        total = torch.zeros((), device=workers.device)
-        steps = count // self.batch
-        for number in range(steps):
-            start = number * self.batch + workers.rank * share
-            rows = order[start : start + share]
-            self._set_rate()
-            loss = -self.model(self.data.u[rows], self.data.x[rows]).mean()
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.flow.parameters(), self.options.clip_norm)
-            self.optimizer.step()
+    def _epoch(self, checkpoints: Checkpoints | None, watch: Watch | None) -> bool:
+        """The rest of an epoch, and what follows from it; whether it was the last one."""
+        optimization, schedule, look = self.optimization, self.schedule, self._look_every()
+        finish, rank = False, self.workers.rank
+        self.flow.train()
+        for u, x in self.data.batches(self.epoch, self.step):
+            if self.options.dropout:
+                # Another mask in each step, and the same one when it is taken again.
+                torch.manual_seed(
+                    hash((self.options.seed, self.epoch, self.step, self.workers.rank))
+                )
+            looking = self.step % look == 0
+            signal = self.signals.wanted() if looking and rank == 0 else NOTHING
+            rate, averaging = schedule.step()
+            optimization.step(u, x, rate, averaging, float(signal))
             self.step += 1
-            total += loss.detach()
-        mean_loss = workers.total(float(total))[0] / (steps * workers.count)
-        if not np.isfinite(mean_loss):
-            raise StageError(
-                f"train: the loss became {mean_loss} in epoch {epoch} at learning rate "
-                f"{self.options.learning_rate * self.factor:g}; lower train.learning_rate, or look "
-                "at x for extreme values (train.x_scale)"
-            )
-        history = self.history
-        history["epoch"].append(epoch)
-        history["training_loss"].append(mean_loss - self.data.log_det)
-        history["validation_loss"].append(self._validation_loss())
-        history["learning_rate"].append(self.options.learning_rate * self.factor)
-
-    def _set_rate(self) -> None:
-        if self.options.schedule == "cosine":
-            steps = self.options.max_epochs * max(1, len(self.data.u) // self.batch)
-            self.factor = 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / steps)))
-        warm = min(1.0, (self.step + 1) / _WARM_UP_STEPS)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * self.factor * warm
-
-    def _decide(self) -> None:
-        """Keep the best weights; at a plateau go back to them with a lower rate, or stop."""
-        history = self.history
-        loss = history["validation_loss"][-1]
-        if loss < history["best_validation_loss"]:
-            history["best_validation_loss"] = loss
-            history["best_epoch"] = history["epoch"][-1]
-            self.best = copy.deepcopy(self.flow.state_dict())
-            self.waited = 0
-        else:
-            self.waited += 1
-        if self.waited >= self.patience and self.options.schedule == "plateau":
-            self.waited = 0
-            self.lowered += 1
-            self.factor *= _LOWER
-            self.flow.load_state_dict(self.best)
-            self.optimizer.state.clear()
-        limit = self.options.max_seconds
-        late = False
-        if limit is not None or self.until is not None:
+            self._steps_here += 1
+            if looking and self.workers.count > 1:
+                signal = int(optimization.signal)
+            if signal == TOGETHER:
+                signal = self.signals.together()
+            finish = finish or signal == FINISH
+            if self.step % _WINDOW == 0:
+                self._look_for_bad_steps()
+            if watch is not None:
+                watch(self._now, self.history)
+            if checkpoints is not None:
+                self._save_if_due(checkpoints, signal)
+        self._end_epoch()
+        late = self.options.max_seconds is not None and self.seconds >= self.options.max_seconds
+        if self.workers.count > 1:
             # The clocks of the workers differ: all do what the first one finds.
-            if self.workers.rank == 0:
-                late = limit is not None and self.seconds >= limit
-                late = late or (self.until is not None and self.until())
-            late = self.workers.total(float(late))[0] > 0
-        self.finished = bool(
-            self.lowered > self.options.decays
-            or history["epoch"][-1] >= self.options.max_epochs
-            or late
-        )
+            finish, late = self.workers.from_first((finish, late))
+        return bool(finish or late or self.schedule.finished)
+
+    def _look_every(self) -> int:
+        return _LOOK_EVERY.get(self.workers.device.type, 1)
+
+    def _end_epoch(self) -> None:
+        optimization, history = self.optimization, self.history
+        self._look_for_bad_steps()
+        skipped = int(optimization.skipped)
+        steps = self.data.steps
+        mean = float(optimization.loss) / max(steps - skipped, 1) - self.data.log_det
+        rate = self.schedule.rate
+        loss = self._validate()
+        history["epoch"].append(self.epoch)
+        history["training_loss"].append(mean if skipped < steps else None)
+        history["validation_loss"].append(loss)
+        history["learning_rate"].append(rate)
+        history["skipped_steps"] += skipped
+        self.seconds = self._before + time.monotonic() - self._began
+        history["seconds"] = self.seconds
+        optimization.loss.zero_()
+        optimization.skipped.zero_()
+        self.window = 0
+        if not math.isfinite(loss):
+            self._recover(f"the validation loss became {loss}")
+        elif loss < history["best_validation_loss"]:
+            history["best_validation_loss"], history["best_epoch"] = loss, self.epoch
+            self.best = optimization.weights.clone()
+        if self.schedule.after_epoch(loss):
+            optimization.go_back(self.best)
+        self.epoch, self.step = self.epoch + 1, 0
 
     @torch.no_grad()
-    def _validation_loss(self) -> float:
+    def _validate(self) -> float:
         """Exact mean over the validation simulations, which the workers share."""
-        self.model.eval()
-        count, workers = len(self.data.validation_u), self.workers
-        total = 0.0
-        mine = range(workers.rank * 4096, count, workers.count * 4096)
-        for start in mine:
-            rows = slice(start, start + 4096)
-            log_q = self.flow(self.data.validation_u[rows], self.data.validation_x[rows])
-            total -= float(log_q.double().sum())
-        return workers.total(total)[0] / count - self.data.validation_log_det
+        self.flow.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.workers.device)
+        with self.optimization.judged():
+            for u, x in self.data.validation_batches():
+                total -= self.flow(u, x).sum(dtype=torch.float64)
+        # One more number of each worker rides along: the seconds it waited for rows.
+        waited = [0.0] * self.workers.count
+        waited[self.workers.rank] = self.data.input_wait_s
+        summed, *self._waited = self.workers.total(float(total), *waited)
+        return summed / self.data.validation - self.data.validation_log_det
 
-    # ---- checkpoints ----
+    # ---- when something goes wrong ----
 
-    def state(self) -> bytes:
-        """Everything that the next epoch depends on."""
-        sink = io.BytesIO()
-        torch.save(
-            {
-                "flow": self.flow.state_dict(),
-                "best": self.best,
-                "optimizer": self.optimizer.state_dict(),
-                "history": self.history,
-                "counters": [self.factor, self.waited, self.lowered, self.step, self.seconds],
-            },
-            sink,
+    def _look_for_bad_steps(self) -> None:
+        skipped = int(self.optimization.skipped)
+        if skipped - self.window >= min(_BAD, self.data.steps):
+            self._recover("the loss or its gradient became infinite or not a number")
+            skipped = int(self.optimization.skipped)
+        self.window = skipped
+
+    def _recover(self, what: str) -> None:
+        """Go back to the best weights with a lower learning rate, a few times."""
+        notes = self.history["notes"]
+        if len(notes) >= _RECOVERIES:
+            raise StageError(
+                f"train: {what} in epoch {self.epoch} for the {_RECOVERIES + 1}th time, at a "
+                f"learning rate of {self.schedule.rate:.1e}; lower train.learning_rate (now "
+                f"{self.schedule.peak:g}), or look at x for extreme values (train.x_scale)"
+            )
+        self.optimization.go_back(self.best)
+        self.schedule.lower()
+        notes.append(
+            f"epoch {self.epoch}: {what}; training went on from the best weights with a lower "
+            "learning rate"
         )
-        return sink.getvalue()
 
-    def resume(self, candidates: list[bytes]) -> None:
-        """Take up the first candidate that can be read."""
-        for data in candidates:
-            try:
-                state = torch.load(
-                    io.BytesIO(data), map_location=self.workers.device, weights_only=True
-                )
-                self.flow.load_state_dict(state["flow"])
-                self.optimizer.load_state_dict(state["optimizer"])
-            except Exception:  # a checkpoint cut short by a crash; the one before is tried
-                continue
-            self.best, self.history = state["best"], state["history"]
-            self.factor, self.waited, self.lowered, self.step, self.seconds = state["counters"]
-            return
+    # ---- what is told, and kept ----
+
+    def _now(self) -> Snapshot:
+        history, optimization = self.history, self.optimization
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        rate = self._steps_here * self.data.batch_size / elapsed
+        done = self.step - int(optimization.skipped)
+        loss = float(optimization.loss) / done - self.data.log_det if done > 0 else None
+        waited = [*self._waited]
+        waited[self.workers.rank] = self.data.input_wait_s
+        left = self.schedule.most_steps_left() * elapsed / max(self._steps_here, 1)
+        if self.options.max_seconds is not None:
+            left = min(left, max(0.0, self.options.max_seconds - self._before - elapsed))
+        return Snapshot(
+            epoch=self.epoch,
+            step=self.step,
+            steps=self.data.steps,
+            max_epochs=self.options.max_epochs,
+            training_loss=loss,
+            validation_loss=history["validation_loss"][-1],
+            best_validation_loss=history["best_validation_loss"],
+            best_epoch=history["best_epoch"],
+            learning_rate=self.schedule.rate,
+            simulations_per_second=rate,
+            seconds=self._before + elapsed,
+            seconds_left=left,
+            seconds_left_at_most=self.schedule.may_end_early,
+            workers=self.workers.count,
+            device=self.workers.device.type,
+            data=self.data.mode,
+            input_wait=[min(1.0, seconds / elapsed) for seconds in waited],
+            input_wait_seconds=waited,
+            skipped_steps=history["skipped_steps"] + int(optimization.skipped),
+            checkpoints=self._checkpoints,
+            restarts=self.restarts,
+            note=history["notes"][-1] if history["notes"] else "",
+        )
+
+    def _save_if_due(self, checkpoints: Checkpoints, signal: int) -> None:
+        asked = signal in (CHECKPOINT, LEAVE)
+        # Only the first worker's clock counts, and only it writes.
+        if self.workers.rank == 0 and (asked or self._due(checkpoints)):
+            self.seconds = self._before + time.monotonic() - self._began
+            checkpoints.save(self._steps_in_all(), encode(self.state()))
+            self._saved_at, self._saved_epoch = time.monotonic(), self.epoch
+            self._checkpoints += 1
+        if asked and self.workers.rank == 0:
+            checkpoints.flush()
+        if signal == LEAVE:
+            raise Leave
+
+    def _due(self, checkpoints: Checkpoints) -> bool:
+        epochs = checkpoints.every_epochs
+        return time.monotonic() - self._saved_at >= checkpoints.every_s or (
+            epochs is not None and self.epoch - self._saved_epoch >= epochs
+        )
+
+    def _steps_in_all(self) -> int:
+        return (self.epoch - 1) * self.data.steps + self.step
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "optimization": self.optimization.state(),
+            "schedule": self.schedule.state(),
+            "best": self.best,
+            "history": self.history,
+            "position": [self.epoch, self.step, self.window],
+            "seconds": self.seconds,
+            "restarts": self.restarts,
+        }
+
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Take up the newest checkpoint that is whole; the first worker chooses."""
+        chosen: bytes | None = None
+        if self.workers.rank == 0:
+            for data in checkpoints.latest():
+                try:
+                    self._load(data)
+                except (DamagedCheckpoint, KeyError, ValueError, RuntimeError):
+                    continue  # cut short by a crash, or of an older version: the one before
+                chosen = data
+                break
+        chosen = self.workers.from_first(chosen)
+        if chosen is not None:
+            self._load(chosen)
+            self.restarts += 1
+
+    def _load(self, data: bytes) -> None:
+        state = decode(data, self.workers.device)
+        self.optimization.load_state(state["optimization"])
+        self.schedule.load_state(state["schedule"])
+        self.best, self.history = state["best"], state["history"]
+        self.epoch, self.step, self.window = state["position"]
+        self.seconds, self.restarts = state["seconds"], state["restarts"]

@@ -1,13 +1,16 @@
-"""The train stage: a Ray Train job that fits a density estimator to stored simulations.
+"""The train stage: Ray Train jobs that fit density estimators to stored simulations.
 
-Each worker reads the shards from the store itself and runs ``loop.fit``; the first one writes
-checkpoints, progress and, at the end, the bundle. The driver only waits and shows progress. A job
-that was killed is run again with the same call and goes on from its last checkpoint.
+Each worker reads its share of the shards from the store itself and runs ``loop.fit_source``; the
+first one writes checkpoints, progress and, at the end, the bundle. The driver only waits and shows
+progress. A job that was killed is run again with the same call and goes on from its last
+checkpoint. The members of an ensemble are jobs of their own, side by side as far as the cluster
+holds them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -15,30 +18,51 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
 
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.estimation.bundle import BUNDLE, load_bundle, save_bundle
-from sbi_dist.estimation.loop import Checkpoints, Workers, fit
+from sbi_dist.estimation.checkpoint import Checkpoints
+from sbi_dist.estimation.data import ShardSource
+from sbi_dist.estimation.density_estimator import DensityEstimator
+from sbi_dist.estimation.ensemble import Ensemble
+from sbi_dist.estimation.live import Live, shown
+from sbi_dist.estimation.loop import (
+    CHECKPOINT,
+    FINISH,
+    LEAVE,
+    NOTHING,
+    TOGETHER,
+    Leave,
+    fit_source,
+)
 from sbi_dist.estimation.options import TrainOptions
-from sbi_dist.progress import duration, say
-from sbi_dist.session import require
+from sbi_dist.estimation.snapshot import METRICS
+from sbi_dist.estimation.workers import Workers
+from sbi_dist.session import capacity, require
 from sbi_dist.simulation.dataset import Dataset
+from sbi_dist.simulation.shard import ShardRecord
 from sbi_dist.store import ObjectStore
 
 __all__ = ["METRICS", "STOP", "train"]
 
-METRICS = "metrics.json"
-STOP = "stop"
-_CHECKPOINTS_KEPT = 2
-_REPORT_EVERY_S = 1.0
+STOP = "stop"  # asks for the end of a training after its epoch
+_PAUSE = "pause"  # asks for a checkpoint and the end of the job
+_FAILED = "failed.json"
+_SUMMARY = ("best_epoch", "best_validation_loss", "seconds", "training_simulations", "notes")
+_POLL_S = 0.5
+# Ray's watcher of nodes that are to be taken away looks as often.
+_LOOK_TOGETHER_S = 5.0
+_LEAVE_WITHIN_S = 2.0
 
 
 def train(
     dataset: ObjectStore,
-    shards: list[int],
+    records: list[ShardRecord],
     bounds: tuple[np.ndarray, np.ndarray],
     model: ObjectStore,
     options: TrainOptions,
@@ -59,21 +83,186 @@ def train(
     """
     if model.exists(BUNDLE):
         return json.loads(model.get(BUNDLE))
+    wanted = _wanted(options)
+    jobs = _jobs(dataset, records, bounds, model, options, about, start, stoppable)
+    with shown(jobs[0].model, show_progress):
+        _run(jobs, wanted, max(1, wanted.members(len(jobs))))
+    if options.ensemble > 1:
+        _combine(jobs, model, about)
+    for key in [*model.list("checkpoints/"), *model.list("members/"), STOP]:
+        model.delete(key)
+    return json.loads(model.get(BUNDLE))
+
+
+# ---- what is asked of the cluster -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Workers of a job (0: this process), the fewest it goes on with, and what each one takes."""
+
+    workers: int
+    least: int
+    resources: dict[str, float]
+
+    def members(self, count: int) -> int:
+        """How many of ``count`` jobs to run side by side."""
+        if self.workers == 0:
+            return 1
+        return min(count, capacity(self.resources) // self.workers)
+
+
+def _wanted(options: TrainOptions) -> _Wanted:
+    """What to ask for, of what is there.
+
+    Raises:
+        InputError: the cluster can never hold it.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    gpus = options.gpus_per_worker
+    workers = options.workers
+    if isinstance(workers, str):
+        workers = max(1, int(there.get("GPU", 0.0) // (gpus or 1.0))) if gpus != 0 else 1
+    if gpus is None:
+        gpus = 1.0 if 0 < workers <= there.get("GPU", 0.0) else 0.0
+    cpus = options.cpus_per_worker
+    if cpus is None:
+        # The products of small networks are too short to be shared between cores.
+        wide = options.hidden_features > 256 and not gpus
+        cpus = min(8.0, max(1.0, there.get("CPU", 1.0) // max(1, workers))) if wide else 1.0
+    resources = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    if options.accelerator is not None:
+        name = f"accelerator_type:{options.accelerator}"
+        if not gpus or name not in there:
+            kinds = sorted(key.partition(":")[2] for key in there if key.startswith("accelerator_"))
+            raise InputError(
+                f"train.accelerator is {options.accelerator!r}; the Ray cluster has "
+                f"{', '.join(kinds) or 'no GPUs'}; leave it out to take any"
+            )
+    least = options.min_workers or workers
+    if least > max(1, workers):
+        raise InputError(
+            f"train.min_workers is {least}, more than train.workers, which is {workers}"
+        )
+    if not workers and gpus and not torch.cuda.is_available():
+        raise InputError(
+            f"train.gpus_per_worker is {gpus:g}, and torch finds no GPU on this machine; leave it "
+            "out to train on the CPU"
+        )
+    if workers:
+        require(resources, min(least, workers), "train.workers")
+    return _Wanted(workers, least, resources)
+
+
+# ---- jobs -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One estimator's training; travels to the workers."""
+
+    dataset: ObjectStore
+    records: list[ShardRecord]
+    bounds: tuple[np.ndarray, np.ndarray]
+    model: ObjectStore
+    options: TrainOptions
+    about: dict[str, Any]
+    start: ObjectStore | None
+    stop: ObjectStore | None  # where an object `stop` ends it
+
+
+def _jobs(
+    dataset: ObjectStore,
+    records: list[ShardRecord],
+    bounds: tuple[np.ndarray, np.ndarray],
+    model: ObjectStore,
+    options: TrainOptions,
+    about: dict[str, Any],
+    start: ObjectStore | None,
+    stoppable: bool,
+) -> list[_Job]:
+    stop = model if stoppable else None
+    if options.ensemble == 1:
+        return [_Job(dataset, records, bounds, model, options, about, start, stop)]
+    return [
+        _Job(
+            dataset,
+            records,
+            bounds,
+            model.child(f"members/{number}"),
+            # Far apart, so that the members of two ensembles are not the same.
+            dataclasses.replace(options, ensemble=1, seed=options.seed + 1_000_003 * number),
+            about,
+            start,
+            stop,
+        )
+        for number in range(options.ensemble)
+    ]
+
+
+def _run(jobs: list[_Job], wanted: _Wanted, at_once: int) -> None:
+    """Run all jobs, some side by side; where one fails or the caller is interrupted, pause all."""
+    waiting = list(jobs)
+    running: dict[threading.Thread, _Job] = {}
+    raised: list[BaseException] = []
+
+    def work(job: _Job) -> None:
+        try:
+            _fit(job, wanted)
+        except BaseException as error:  # told by the caller's thread
+            raised.append(error)
+
+    try:
+        while (waiting or running) and not raised:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                thread = threading.Thread(target=work, args=(job,), daemon=True)
+                thread.start()
+                running[thread] = job
+            # Signals reach the main thread only while it is awake now and then.
+            next(iter(running)).join(0.1)
+            running = {thread: job for thread, job in running.items() if thread.is_alive()}
+    finally:
+        if running:
+            _pause(running)
+    if raised:
+        raise raised[0]
+
+
+def _pause(running: dict[threading.Thread, _Job]) -> None:
+    """Let the jobs save a checkpoint before they are ended."""
+    with contextlib.suppress(Exception):  # a store that is away: the checkpoint before it will do
+        for job in running.values():
+            job.model.put(_PAUSE, b"")
+        until = time.monotonic() + _LEAVE_WITHIN_S
+        for thread in running:
+            thread.join(max(0.0, until - time.monotonic()))
+
+
+def _combine(jobs: list[_Job], model: ObjectStore, about: dict[str, Any]) -> None:
+    """Write the bundle of an ensemble from those of its members."""
+    bundles = [load_bundle(job.model) for job in jobs]
+    histories = [json.loads(job.model.get(METRICS)) for job in jobs]
+    members = [estimator for estimator, _ in bundles]
+    # What is shown is the first member's; the others are summed up beside it.
+    losses = [history["best_validation_loss"] for history in histories]
+    model.put(METRICS, json.dumps({**histories[0], "members": losses}).encode())
+    summary = {name: histories[0][name] for name in _SUMMARY}
+    summary["seconds"] = sum(history["seconds"] for history in histories)
+    summary["members"] = losses
+    save_bundle(model, Ensemble(members), {**about, "training": summary})
+
+
+def _fit(job: _Job, wanted: _Wanted) -> None:
+    """Train one estimator by Ray Train, from its last checkpoint on, until its bundle is there."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resources = _resources(options)
-    config = {
-        "dataset": dataset,
-        "shards": shards,
-        "bounds": [bound.tolist() for bound in bounds],
-        "model": model,
-        "options": options,
-        "about": about,
-        "start": start,
-        "stoppable": stoppable,
-        "threads": max(1, int(resources["CPU"])),
-    }
+    model, options = job.model, job.options
+    if model.exists(BUNDLE):
+        return
     # Ray's own bookkeeping of the run; what the stage needs to resume is in the store.
     scratch = tempfile.mkdtemp(prefix="sbi-dist-train-")
 
@@ -81,216 +270,211 @@ def train(
         def _register_sigint_handler(self, *_: Any, **__: Any) -> None:
             """Leave signals to the caller, who ends Ray and knows the exit code."""
 
+    elastic = 0 < wanted.least < wanted.workers
     trainer = Trainer(
         _work,
-        train_loop_config=config,
+        train_loop_config={"job": job, "threads": max(1, int(wanted.resources["CPU"]))},
         scaling_config=ScalingConfig(
-            num_workers=options.workers,
-            use_gpu=resources.get("GPU", 0) > 0,
-            resources_per_worker=resources if options.workers else None,
+            num_workers=(wanted.least, wanted.workers) if elastic else wanted.workers,
+            use_gpu=wanted.resources.get("GPU", 0) > 0,
+            resources_per_worker=wanted.resources if wanted.workers else None,
+            accelerator_type=options.accelerator,
         ),
         run_config=RunConfig(
             name=uuid.uuid4().hex,
             storage_path=scratch,
-            failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=options.restarts, controller_failure_limit=3),
         ),
     )
-    model.delete(METRICS)
+    for key in (METRICS, _FAILED, _PAUSE):
+        model.delete(key)
     try:
-        with _shown(model, show_progress):
-            trainer.fit()
+        trainer.fit()
     except (InputError, StageError):
         raise
     except Exception as error:
-        if not model.exists(BUNDLE):
-            raise StageError(
-                f"train: the workers failed ({type(error).__name__}: {_last_line(error)}); run the "
-                "command again to go on from the last checkpoint"
-            ) from error
+        if not model.exists(BUNDLE) and not model.exists(_FAILED):
+            raise _explained(error, wanted) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    metrics = json.loads(model.get(METRICS)) if model.exists(METRICS) else {}
-    if "failed" in metrics:
-        kind = InputError if metrics["failed"]["kind"] == "InputError" else StageError
-        raise kind(metrics["failed"]["message"])
+    if model.exists(_FAILED):
+        failed = json.loads(model.get(_FAILED))
+        model.delete(_FAILED)
+        raise {"InputError": InputError, "StageError": StageError}[failed["kind"]](
+            failed["message"]
+        )
     if not model.exists(BUNDLE):
         raise StageError("train: the workers ended without a model; run the command again")
-    for key in [*model.list("checkpoints/"), STOP]:
-        model.delete(key)
-    return json.loads(model.get(BUNDLE))
 
 
-def _resources(options: TrainOptions) -> dict[str, float]:
-    import ray
-
-    there = ray.cluster_resources()
-    workers = max(1, options.workers)
-    gpus = options.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if there.get("GPU", 0) >= workers else 0.0
-    cpus = options.cpus_per_worker
-    if cpus is None:
-        # The products of small networks are too short to be shared between cores.
-        wide = options.hidden_features > 256 and not gpus
-        cpus = min(8.0, max(1.0, there.get("CPU", 1.0) // workers)) if wide else 1.0
-    if options.workers:
-        wanted = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-        require(wanted, workers, "train.workers")
-    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
+def _explained(error: Exception, wanted: _Wanted) -> StageError:
+    texts = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = texts[-1] if texts else ""
+    if "StartupTimeout" in type(error).__name__ or "StartupTimeout" in str(error):
+        each = ", ".join(f"{amount:g} {name}" for name, amount in wanted.resources.items())
+        return StageError(
+            f"train: {max(1, wanted.least)} worker(s) with ({each}) did not start in time: the "
+            "cluster has them, but other jobs hold them, or a node is not well; wait for these, "
+            "or set train.workers lower, and run the command again"
+        )
+    return StageError(
+        f"train: the workers failed ({type(error).__name__}: {last}); run the command again to go "
+        "on from the last checkpoint"
+    )
 
 
 # ---- in the workers -------------------------------------------------------------------------
 
 
 def _work(config: dict[str, Any]) -> None:
-    """One Ray Train worker."""
+    """One Ray Train worker, or the caller's process in Ray Train's local mode."""
     import ray.train
     import ray.train.torch
-    import torch
 
+    job: _Job = config["job"]
     context = ray.train.get_context()
-    options: TrainOptions = config["options"]
-    in_driver = options.workers == 0
-    workers = Workers(
-        rank=0 if in_driver else context.get_world_rank(),
-        count=1 if in_driver else context.get_world_size(),
-        device=torch.device("cpu") if in_driver else ray.train.torch.get_device(),
-    )
+    in_driver = job.options.workers == 0
+    if in_driver:
+        workers = Workers(device=torch.device("cuda" if job.options.gpus_per_worker else "cpu"))
+    else:
+        rank, count = context.get_world_rank(), context.get_world_size()
+        workers = Workers(rank, count, ray.train.torch.get_device())
+    if job.model.exists(BUNDLE) or job.model.exists(_FAILED):
+        return  # this worker was started again after the others had finished
     before = torch.get_num_threads()
     torch.set_num_threads(config["threads"])
-    model: ObjectStore = config["model"]
     try:
-        _fit_and_save(config, options, workers, model)
+        _fit_and_save(job, workers, in_driver)
+    except Leave:
+        pass
     except (InputError, StageError) as error:
         # Not a fault of the machine: to be told to the user, not tried again.
-        if workers.rank == 0:
-            failed = {"kind": type(error).__name__, "message": str(error)}
-            model.put(METRICS, json.dumps({"failed": failed}).encode())
+        failed = {"kind": type(error).__name__, "message": str(error)}
+        job.model.put_if_absent(_FAILED, json.dumps(failed).encode())
+        if workers.count > 1:
+            raise  # the others may wait for this one: Ray ends them
     finally:
         torch.set_num_threads(before)
-    if workers.count > 1:
-        ray.train.report({})
 
 
-def _fit_and_save(
-    config: dict[str, Any], options: TrainOptions, workers: Workers, model: ObjectStore
-) -> None:
-    simulations = Dataset(config["dataset"]).read_all(config["shards"])
-    usable = simulations.ok
-    low, high = (np.array(bound) for bound in config["bounds"])
-    reporter = _Reporter(model) if workers.rank == 0 else None
-    estimator, history = fit(
-        simulations.theta[usable],
-        simulations.x[usable],
-        (low, high),
-        options,
-        workers,
-        _checkpoints(model, options.checkpoint_every_s),
-        reporter,
-        None if config["start"] is None else load_bundle(config["start"])[0],
-        _Stop(model) if config["stoppable"] else None,
-    )
+def _fit_and_save(job: _Job, workers: Workers, in_driver: bool) -> None:
+    model, options = job.model, job.options
+    with contextlib.ExitStack() as stack:
+        live = signals = None
+        if workers.rank == 0:
+            labels = {
+                "experiment": str(job.about.get("experiment", "")),
+                "model": str(job.about.get("model", "")),
+            }
+            live = stack.enter_context(
+                Live(model, labels, hyperparameters=dataclasses.asdict(options))
+            )
+        signals = stack.enter_context(_Asked(job, workers.rank == 0, in_driver))
+        estimator, history = fit_source(
+            ShardSource(Dataset(job.dataset), job.records),
+            job.bounds,
+            options,
+            workers,
+            stack.enter_context(_stored(model, options)),
+            watch=live,
+            start=_start(job.start, options),
+            signals=signals,
+        )
+        if live is not None:
+            trouble = live.close(history)
+            if trouble:
+                history["notes"].append(trouble)
     if workers.rank == 0:
         model.put(METRICS, json.dumps(history).encode())
-        summary = {
-            key: history[key]
-            for key in ("best_epoch", "best_validation_loss", "seconds", "training_simulations")
-        }
-        save_bundle(model, estimator, {**config["about"], "training": summary})
+        summary = {name: history[name] for name in _SUMMARY}
+        save_bundle(model, estimator, {**job.about, "training": summary})
 
 
-class _Stop:
-    """Whether somebody asked for the end of the training; looks once a second."""
-
-    def __init__(self, model: ObjectStore) -> None:
-        self._model, self._last = model, 0.0
-
-    def __call__(self) -> bool:
-        if time.monotonic() - self._last < _REPORT_EVERY_S:
-            return False
-        self._last = time.monotonic()
-        return self._model.exists(STOP)
+def _start(start: ObjectStore | None, options: TrainOptions) -> DensityEstimator | None:
+    if start is None:
+        return None
+    estimator = load_bundle(start)[0]
+    if isinstance(estimator, Ensemble):
+        # A member for each of ours, by its seed.
+        number = (options.seed // 1_000_003) % len(estimator.members)
+        return estimator.members[number]
+    return estimator
 
 
-class _Reporter:
-    """Writes the history to the store every now and then, where anyone can follow it."""
+class _Asked:
+    """What others ask of a training, read from the store in a thread of its own."""
 
-    def __init__(self, model: ObjectStore) -> None:
-        self._model, self._last = model, 0.0
+    def __init__(self, job: _Job, first: bool, in_driver: bool) -> None:
+        self._job, self._first, self._in_driver = job, first, in_driver
+        self._wanted, self._looked, self._told = NOTHING, time.monotonic(), False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
 
-    def __call__(self, history: dict[str, Any]) -> None:
-        if time.monotonic() - self._last >= _REPORT_EVERY_S:
-            self._model.put(METRICS, json.dumps(history).encode())
-            self._last = time.monotonic()
+    def __enter__(self) -> _Asked:
+        if self._first:
+            self._thread.start()
+        return self
 
+    def __exit__(self, *_: Any) -> None:
+        self._over.set()
+        if self._first:
+            self._thread.join(5.0)
 
-def _checkpoints(model: ObjectStore, every_s: float) -> Checkpoints:
-    def keys() -> list[str]:
-        return sorted(model.list("checkpoints/"), reverse=True)
+    def _poll(self) -> None:
+        while not self._over.wait(_POLL_S):
+            with contextlib.suppress(Exception):  # the store is away; it is asked again
+                if self._job.model.exists(_PAUSE):
+                    self._wanted = LEAVE
+                elif self._job.stop is not None and self._job.stop.exists(STOP):
+                    self._wanted = FINISH
 
-    def save(epoch: int, data: bytes) -> None:
-        model.put(f"checkpoints/epoch-{epoch:06d}.pt", data)
-        for key in keys()[_CHECKPOINTS_KEPT:]:
-            model.delete(key)
+    def wanted(self) -> int:
+        if self._wanted == NOTHING and not self._in_driver:
+            now = time.monotonic()
+            if now - self._looked >= _LOOK_TOGETHER_S:
+                self._looked = now
+                return TOGETHER
+        return self._wanted
 
-    return Checkpoints(save, lambda: [model.get(key) for key in keys()], every_s)
+    def together(self) -> int:
+        """CHECKPOINT once, when a node of the job is about to be taken away."""
+        import ray.train
 
-
-# ---- in the driver --------------------------------------------------------------------------
+        if ray.train.get_preemption_info() is None or self._told:
+            return NOTHING
+        self._told = True
+        return CHECKPOINT
 
 
 @contextlib.contextmanager
-def _shown(model: ObjectStore, enabled: bool) -> Iterator[None]:
-    """Show the workers' progress while the block runs."""
-    done = threading.Event()
-    thread = threading.Thread(target=_follow, args=(model, done), daemon=True)
-    if enabled:
-        thread.start()
+def _stored(model: ObjectStore, options: TrainOptions) -> Iterator[Checkpoints]:
+    """Checkpoints in the model's folder, written behind the training's back, one at a time."""
+    writer = ThreadPoolExecutor(max_workers=1)
+    pending: list[Future[None]] = []
+
+    def keys() -> list[str]:
+        return sorted(model.list("checkpoints/"), reverse=True)
+
+    def write(step: int, data: bytes) -> None:
+        model.put(f"checkpoints/step-{step:012d}.pt", data)
+        for key in keys()[options.checkpoints_kept :]:
+            model.delete(key)
+
+    def flush() -> None:
+        while pending:
+            pending.pop().result()
+
+    def save(step: int, data: bytes) -> None:
+        flush()
+        pending.append(writer.submit(write, step, data))
+
     try:
-        yield
+        yield Checkpoints(
+            save,
+            lambda: (model.get(key) for key in keys()),
+            options.checkpoint_every_s,
+            options.checkpoint_every_epochs,
+            flush,
+        )
     finally:
-        done.set()
-        if enabled:
-            thread.join(timeout=5)
-
-
-def _follow(model: ObjectStore, done: threading.Event) -> None:
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    live = console.status("train: starting workers") if console.is_terminal else None
-    last_line = time.monotonic()
-    if live is not None:
-        live.start()
-    history: dict[str, Any] = {}
-    while not done.wait(1.0):
-        with contextlib.suppress(Exception):  # the file is being replaced; the next look sees it
-            history = json.loads(model.get(METRICS))
-        if "epoch" not in history:
-            continue
-        line = _describe(history)
-        if live is not None:
-            live.update(line)
-        elif time.monotonic() - last_line >= 10:
-            last_line = time.monotonic()
-            say(line)
-    if live is not None:
-        live.stop()
-    with contextlib.suppress(Exception):
-        say(_describe(json.loads(model.get(METRICS))))
-
-
-def _describe(history: dict[str, Any]) -> str:
-    epochs = history["epoch"][-1]
-    rate = history["training_simulations"] * epochs / max(history["seconds"], 1e-9)
-    return (
-        f"train: epoch {epochs}, validation loss {history['validation_loss'][-1]:.4f} "
-        f"(best {history['best_validation_loss']:.4f} at {history['best_epoch']}), "
-        f"learning rate {history['learning_rate'][-1]:.1e}, {rate:,.0f} simulations/s, "
-        f"{duration(history['seconds'])}"
-    )
+        writer.shutdown(wait=True, cancel_futures=True)

@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 
 from sbi_dist.errors import InputError
 from sbi_dist.estimation.bundle import BUNDLE, load_bundle, weights_digest
-from sbi_dist.estimation.density_estimator import DensityEstimator
+from sbi_dist.estimation.ensemble import Ensemble, Estimator
 from sbi_dist.posterior.observation import as_observations
 from sbi_dist.posterior.sampler import draw, log_density
 from sbi_dist.priors import prior_from_data
@@ -29,20 +29,20 @@ PROMOTED = "models/promoted.json"
 
 
 class Posterior:
-    """p(theta | x) for any x, by a trained density estimator.
+    """p(theta | x) for any x, by a trained density estimator or an ensemble of them.
 
     Draws never leave the prior's support and the density integrates to one over it, so that
     nothing is rejected.
 
     Args:
-        estimator: the density estimator.
+        estimator: the density estimator or the ensemble.
         prior: the prior that it was trained under; None where only its support is known.
         about: the content of the model's ``bundle.json``.
     """
 
     def __init__(
         self,
-        estimator: DensityEstimator,
+        estimator: Estimator,
         prior: Distribution | None = None,
         about: dict[str, Any] | None = None,
     ) -> None:
@@ -210,31 +210,30 @@ class Posterior:
         return best
 
     def _ascend(self, x: Tensor, draws: int, starts: int) -> Tensor:
-        estimator, standardization = self.estimator, self.estimator.standardization
+        estimator = self.estimator
         theta = draw(estimator, x, draws, self.identity, 0)[0]
         density = log_density(estimator, theta[:, None], x)[:, 0]
         theta = theta[density.topk(min(starts, draws)).indices]
-        context = estimator.embed(x).detach()
-        u = standardization.u(theta)[0].requires_grad_()
+        context = estimator.embed(x).detach().expand(len(theta), -1)
+        u = estimator.unconstrained(theta).requires_grad_()
         optimizer = torch.optim.Adam([u], lr=0.02)
-
-        def log_q() -> Tensor:
-            z = u.double() * standardization.theta_sd + standardization.theta_mean
-            log_u = estimator.flow.flow._log_prob(u, context.expand(len(u), -1))
-            return log_u - standardization.bijection.log_det(z)
-
         for step in range(200):
             optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 200)
             optimizer.zero_grad()
-            (-log_q().sum()).backward()
+            (-estimator.log_prob_unconstrained(u, context).sum()).backward(inputs=[u])
             optimizer.step()
         with torch.no_grad():
-            best = int(log_q().argmax())
-            return standardization.theta(u.detach()[best : best + 1])
+            best = int(estimator.log_prob_unconstrained(u, context).argmax())
+            return estimator.constrained(u.detach()[best : best + 1])
 
     def __repr__(self) -> str:
         names = ", ".join(self.parameter_names)
-        return f"Posterior of ({names}) given x of shape {self.x_shape}, model {self.identity}"
+        of = (
+            f" of {len(self.estimator.members)} estimators"
+            if isinstance(self.estimator, Ensemble)
+            else ""
+        )
+        return f"Posterior of ({names}) given x of shape {self.x_shape}, model {self.identity}{of}"
 
 
 def _shape(sample_shape: Sequence[int] | int) -> torch.Size:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sbi_dist.estimation.density_estimator import DensityEstimator
+from sbi_dist.estimation.ensemble import Estimator
 from sbi_dist.posterior.noise import normal_noise, stream_keys
 
 __all__ = ["draw", "log_density"]
@@ -18,11 +18,13 @@ __all__ = ["draw", "log_density"]
 # Rows that go through the flow at once: large enough for efficient matrix products, small enough
 # for the activations to stay in a core's cache.
 _ROWS = 8192
+# Numbers of all the contexts that go with them: fewer rows where a context is very long.
+_CONTEXTS = 2**26
 
 
 @torch.no_grad()
 def draw(
-    estimator: DensityEstimator, x: Tensor, count: int, identity: str, seed: int, first: int = 0
+    estimator: Estimator, x: Tensor, count: int, identity: str, seed: int, first: int = 0
 ) -> Tensor:
     """Posterior draws ``first`` to ``first + count - 1`` of each observation.
 
@@ -40,13 +42,14 @@ def draw(
     keys = stream_keys(x.numpy(), identity, seed)
     size = estimator.num_parameters
     theta = torch.empty((len(x), count, size), dtype=torch.float32)
-    per_observation = max(1, min(count, _ROWS))
-    observations = _ROWS // per_observation
+    at_once = _rows_at_once(context)
+    per_observation = max(1, min(count, at_once))
+    observations = at_once // per_observation
     for start in range(0, len(x), observations):
         rows = slice(start, start + observations)
         for offset in range(0, count, per_observation):
             number = min(per_observation, count - offset)
-            noise = normal_noise(keys[rows], first + offset, number, size)
+            noise = normal_noise(keys[rows], first + offset, number, estimator.noise_size)
             repeated = context[rows].repeat_interleave(number, dim=0)
             chunk = estimator.push(noise.flatten(0, 1), repeated)
             theta[rows, offset : offset + number] = chunk.unflatten(0, (-1, number))
@@ -54,7 +57,7 @@ def draw(
 
 
 @torch.no_grad()
-def log_density(estimator: DensityEstimator, theta: Tensor, x: Tensor) -> Tensor:
+def log_density(estimator: Estimator, theta: Tensor, x: Tensor) -> Tensor:
     """log q(theta | x), float32 of shape (N, B).
 
     Args:
@@ -66,7 +69,12 @@ def log_density(estimator: DensityEstimator, theta: Tensor, x: Tensor) -> Tensor
     result = torch.empty(count * batch)
     flat = theta.reshape(count * batch, -1)
     which = torch.arange(batch).repeat(count)
-    for start in range(0, len(flat), _ROWS):
-        rows = slice(start, start + _ROWS)
+    at_once = _rows_at_once(context)
+    for start in range(0, len(flat), at_once):
+        rows = slice(start, start + at_once)
         result[rows] = estimator.log_prob_given_context(flat[rows], context[which[rows]])
     return result.reshape(count, batch)
+
+
+def _rows_at_once(context: Tensor) -> int:
+    return max(1, min(_ROWS, _CONTEXTS // max(1, context.shape[1])))

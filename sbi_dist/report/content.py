@@ -99,6 +99,25 @@ class RecoveryFacts:
 
 
 @dataclass(frozen=True, eq=False)
+class TuneFacts:
+    """A search over settings of the density estimator on the model's simulations.
+
+    Attributes:
+        search_id: identifier of the stored search.
+        sentence: what it found and what that is worth.
+        headings: of the table's columns.
+        rows: of the table, best first, as text.
+        failures: why trials failed, a sentence each.
+    """
+
+    search_id: str
+    sentence: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    failures: Sequence[str] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class PredictiveAxes:
     """How observations are labelled; see :func:`sbi_dist.report.predictive_check`."""
 
@@ -130,6 +149,7 @@ class ReportContent:
         limits: (D, 2) plotted range of the parameters; None lets the draws decide.
         axes: how observations are labelled.
         recovery: how well known parameters are recovered; None leaves that section out.
+        tune: a search over the estimator's settings; None leaves that section out.
         versions: library name to version.
         notes: caveats, each a sentence or two, shown at the top.
     """
@@ -150,5 +170,6 @@ class ReportContent:
     limits: np.ndarray | None = None
     axes: PredictiveAxes = field(default_factory=PredictiveAxes)
     recovery: RecoveryFacts | None = None
+    tune: TuneFacts | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()

@@ -24,6 +24,7 @@ from sbi_dist.report.content import (
     ObservationFacts,
     PredictiveAxes,
     ReportContent,
+    TuneFacts,
 )
 from sbi_dist.report.page import render
 from sbi_dist.report.recovery import recover
@@ -32,6 +33,8 @@ from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.simulation.failures import frequent_failures
 from sbi_dist.simulation.shard import ShardRecord
 from sbi_dist.store import ObjectStore
+from sbi_dist.tuning.stage import latest_summary
+from sbi_dist.tuning.table import HEADINGS
 
 __all__ = ["Finished", "write_report"]
 
@@ -88,6 +91,7 @@ def _content(finished: Finished) -> ReportContent:
             "prior truncated to the box that holds the posterior of the observed data "
             f"({'; '.join(describe(trained_prior))}). It is valid for these data, not for others."
         )
+    notes += [f"While the model was trained: {note}." for note in history.get("notes", [])]
     notes += _weighting_notes(finished.draws)
     description = "\n\n".join(part for part in (problem.title, problem.description) if part)
     axis = problem.axis
@@ -122,6 +126,7 @@ def _content(finished: Finished) -> ReportContent:
         recovery=recover(
             posterior, stored, records, weighted=_proposals(finished.draws) is not None
         ),
+        tune=_search(finished.store, about["dataset"]["id"]),
         settings=experiment.resolved(),
         versions=about["versions"],
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -160,6 +165,20 @@ def _dataset(
         ],
     )
     return facts, notes
+
+
+def _search(store: ObjectStore, dataset_id: str) -> TuneFacts | None:
+    """The search on the model's simulations that ended last, if any."""
+    summary = latest_summary(store, dataset_id)
+    if summary is None:
+        return None
+    return TuneFacts(
+        search_id=summary["search"],
+        sentence=summary["verdict"],
+        headings=HEADINGS,
+        rows=[[row[name] for name in HEADINGS] for row in summary["rows"]],
+        failures=[f"{row['trial']}: {row['reason']}" for row in summary["rows"] if row["reason"]],
+    )
 
 
 def _proposals(target: ObjectStore) -> int | None:

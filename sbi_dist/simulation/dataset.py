@@ -11,16 +11,20 @@ trained on them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
 
 from sbi_dist.errors import InputError
 from sbi_dist.simulation import log
-from sbi_dist.simulation.parquet import ShortTail
+from sbi_dist.simulation.parquet import ShortTail, read_layout
 from sbi_dist.simulation.plan import Extent, Shard, plan_shards
+from sbi_dist.simulation.ranges import Places, places_of
 from sbi_dist.simulation.shard import (
     DamagedShard,
     ShardRecord,
@@ -32,6 +36,8 @@ from sbi_dist.simulation.shard import (
 from sbi_dist.store import ObjectStore
 
 __all__ = ["Dataset", "Stored"]
+
+T = TypeVar("T")
 
 _SHARD = re.compile(r"shard-(\d{6,})\.parquet")
 # Holds the footer of a shard, but for one with very long messages of failures.
@@ -188,12 +194,14 @@ class Dataset:
             raise self._damage(key, str(error)) from error
 
     def _read_record(self, index: int) -> ShardRecord:
-        key = Shard(index, 0, 0).key
+        return self._of_tail(Shard(index, 0, 0).key, record_of_tail)
+
+    def _of_tail(self, key: str, get: Callable[[bytes], T]) -> T:
         try:
-            return record_of_tail(self.store.get_tail(key, _TAIL))
+            return get(self.store.get_tail(key, _TAIL))
         except ShortTail as short:
             try:
-                return record_of_tail(self.store.get_tail(key, short.needed))
+                return get(self.store.get_tail(key, short.needed))
             except ShortTail:
                 raise DamagedShard("its footer is cut") from None
 
@@ -274,19 +282,59 @@ class Dataset:
                 found.append(key)
         return found
 
-    def read(self, shard: Shard | int) -> Simulations:
+    def read(self, shard: Shard | ShardRecord | int) -> Simulations:
         """One shard's rows.
 
         Raises:
-            InputError: the shard is missing or damaged; names it and the next step.
+            InputError: the shard is missing or damaged, or not the one of the record; names it
+                and the next step.
         """
         index = shard if isinstance(shard, int) else shard.index
         key = Shard(index, 0, 0).key
         try:
-            return decode_shard(self.store.get(key))[0]
+            simulations, found = decode_shard(self.store.get(key))
         except KeyError:
             raise self._missing(key) from None
         except DamagedShard as error:
+            raise self._damage(key, str(error)) from error
+        if isinstance(shard, ShardRecord) and shard.digest != found.digest:
+            raise self._damage(key, "it is not the one that was listed")
+        return simulations
+
+    def places(self, index: int) -> Places | None:
+        """Where theta and x are in a shard; None in one of another writer, to be read whole.
+
+        Raises:
+            InputError: the shard is missing or can't be read; names it and the next step.
+        """
+        key = Shard(index, 0, 0).key
+        try:
+            layout = self._of_tail(key, read_layout)
+            return None if layout is None else places_of(layout)
+        except KeyError:
+            raise self._missing(key) from None
+        except (DamagedShard, ValueError) as error:
+            raise self._damage(key, str(error)) from error
+
+    def read_rows(
+        self, index: int, places: Places, start: int, stop: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """theta and x of some rows of a shard, of whatever status; only these are read.
+
+        Their content is not checked, as the digest is of the whole shard.
+
+        Args:
+            places: what :meth:`places` gave for this shard.
+
+        Raises:
+            InputError: the shard is missing or ends before them; names it and the next step.
+        """
+        key = Shard(index, 0, 0).key
+        try:
+            return places.read(functools.partial(self.store.get_range, key), start, stop)
+        except KeyError:
+            raise self._missing(key) from None
+        except ValueError as error:
             raise self._damage(key, str(error)) from error
 
     def read_all(self, indexes: Iterable[int]) -> Simulations:

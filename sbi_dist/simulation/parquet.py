@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from sbi_dist.simulation import parquet_format as fmt
 from sbi_dist.simulation.parquet_format import Typed, i32, i64, list_of, struct
 
-__all__ = ["Columns", "ShortTail", "decode", "encode", "read_note"]
+__all__ = ["Columns", "ShortTail", "decode", "encode", "read_layout", "read_note"]
 
 _LAYOUT = "sbi_dist.layout"
 _ARROW_SCHEMA = "ARROW:schema"
@@ -541,6 +541,38 @@ def read_note(tail: bytes) -> tuple[dict[str, str], int]:
         ShortTail: the footer begins before the given bytes.
         ValueError: they are not the end of a Parquet file; says why, in one line.
     """
+    entries, file = _footer_of(tail)
+    return _without_ours(entries), file.num_rows
+
+
+def read_layout(tail: bytes) -> dict[str, Any] | None:
+    """The note of where the values of a file are, from its last bytes only.
+
+    It holds ``theta`` and ``x``, the shapes of a row of each, and ``groups``, a list of row groups
+    with their ``rows`` and the offset and length in the file of the bytes of ``theta`` and ``x``.
+
+    Returns:
+        None for a file of another writer.
+
+    Raises:
+        ShortTail: the footer begins before the given bytes.
+        ValueError: they are not the end of a Parquet file; says why, in one line.
+    """
+    entries, file = _footer_of(tail)
+    try:
+        note = entries.get(_LAYOUT)
+        if note is None or file.created_by not in _READ:
+            return None
+        layout = json.loads(note)
+        rows = sum(group["rows"] for group in layout["groups"])
+    except Exception as error:  # the note may hold anything
+        raise ValueError(f"its footer can't be read ({type(error).__name__})") from error
+    if rows != file.num_rows:
+        raise ValueError("its note of the layout is of another file")
+    return layout
+
+
+def _footer_of(tail: bytes) -> tuple[dict[str, str], pq.FileMetaData]:
     if len(tail) < 8 or tail[-4:] != b"PAR1":
         raise ValueError("it does not end as a Parquet file does")
     needed = int.from_bytes(tail[-8:-4], "little") + 8
@@ -548,7 +580,7 @@ def read_note(tail: bytes) -> tuple[dict[str, str], int]:
         raise ShortTail(needed)
     try:
         file = pq.read_metadata(pa.BufferReader(tail))
-        return _without_ours(_entries(file)), file.num_rows
+        return _entries(file), file
     except Exception as error:  # pyarrow raises many kinds on foreign bytes
         raise ValueError(f"its footer can't be read ({type(error).__name__})") from error
 

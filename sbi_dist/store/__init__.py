@@ -40,6 +40,14 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """``length`` bytes from ``start`` on; fewer, or none, where the object ends before that.
+
+        ``KeyError`` where there is no object. Only the number of bytes is checked, not their
+        content.
+        """
+        ...
+
     def put(self, key: str, data: bytes) -> None:
         """Write or replace an object."""
         ...

@@ -6,7 +6,8 @@ import builtins
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 
 from sbi_dist.errors import InputError, StageError
@@ -62,11 +63,19 @@ class LocalStore:
             raise self._unreadable(key, error) from error
 
     def get_tail(self, key: str, length: int) -> bytes:
+        def read(file: FileIO) -> bytes:
+            size = os.fstat(file.fileno()).st_size
+            return _read(file, size - max(0, length), size)
+
+        return self._open(key, read)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        return self._open(key, lambda file: _read(file, start, start + length))
+
+    def _open(self, key: str, read: Callable[[FileIO], bytes]) -> bytes:
         try:
-            with open(self._path(key), "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                file.seek(max(0, size - max(0, length)))
-                return file.read()
+            with open(self._path(key), "rb", buffering=0) as file:
+                return read(file)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise KeyError(key) from None
         except OSError as error:
@@ -160,6 +169,20 @@ class LocalStore:
             f"store {self.uri}: {what} ({error.strerror or error}); what was stored before is "
             f"kept, {remedy} and run the command again"
         )
+
+
+def _read(file: FileIO, start: int, stop: int) -> bytes:
+    """The bytes from ``start`` to ``stop``, as far as the file has them."""
+    start, stop = max(0, start), min(stop, os.fstat(file.fileno()).st_size)
+    parts = []
+    while start < stop:
+        # One call gives at most 2 GiB, and fewer bytes than asked for on some file systems.
+        part = os.pread(file.fileno(), stop - start, start)
+        if not part:
+            break
+        parts.append(part)
+        start += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _sync_directory(folder: Path) -> None:

@@ -173,21 +173,40 @@ class S3Store:
                 raise KeyError(key)
             return b""
 
+        def wanted(size: int) -> range:
+            return range(max(0, size - length), size)
+
+        return self._part(key, name, f"bytes=-{length}", wanted)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        name, start, stop = self._name(key), max(0, start), max(0, start + length)
+        if start >= stop:
+            if not self.exists(key):
+                raise KeyError(key)
+            return b""
+
+        def wanted(size: int) -> range:
+            return range(min(start, size), min(stop, size))
+
+        return self._part(key, name, f"bytes={start}-{stop - 1}", wanted)
+
+    def _part(self, key: str, name: str, header: str, wanted: Callable[[int], range]) -> bytes:
+        """The bytes of an object that ``wanted`` tells by its size, asked for with ``header``."""
+
         def attempt(link: Link) -> bytes:
             try:
-                answer = link.client.get_object(
-                    Bucket=self.bucket, Key=name, Range=f"bytes=-{length}"
-                )
+                answer = link.client.get_object(Bucket=self.bucket, Key=name, Range=header)
             except _client_error() as error:
-                if _code(error) in _NO_RANGE:  # of an empty object
+                if _code(error) in _NO_RANGE:  # the object is empty, or ends before the range
                     return b""
                 raise
             data = _body(answer)
             got = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange") or "")
-            if got is None:
-                return data[-length:]  # a server that knows no ranges gives the whole object
+            if got is None:  # a server that knows no ranges gives the whole object
+                here = wanted(len(data))
+                return data[here.start : here.stop]
             first, last, size = map(int, got.groups())
-            if last != size - 1 or len(data) != min(length, size) or len(data) != size - first:
+            if range(first, last + 1) != wanted(size) or len(data) != last + 1 - first:
                 raise Transient("answer with another range")
             return data
 

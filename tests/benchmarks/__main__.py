@@ -1,12 +1,12 @@
-"""Run all benchmarks, or those named: ``python -m tests.benchmarks [tutorial simulation]``."""
+"""Run all benchmarks, or those named: ``python -m tests.benchmarks [tutorial simulation ...]``."""
 
 from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import simulation, tutorial
+from tests.benchmarks import simulation, training, tutorial
 
-BENCHMARKS = {"tutorial": tutorial.run, "simulation": simulation.run}
+BENCHMARKS = {"tutorial": tutorial.run, "simulation": simulation.run, "training": training.run}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or BENCHMARKS:

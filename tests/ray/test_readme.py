@@ -69,9 +69,9 @@ def test_program(sbi_dist: Run, tmp_path: Path) -> None:
 
 
 def test_experiments_and_files_that_the_readme_names_exist() -> None:
-    assert set(shipped()) == {"coalescent", "gaussian", "lynx_hare"}
+    assert set(shipped()) == {"coalescent", "gaussian", "lynx_hare", "slcp", "two_moons"}
     for name in re.findall(r"\]\((docs/[^)]+)\)", README):
         assert (ROOT / name).is_file()
-    for stage in ("run", "simulate", "verify", "train", "infer", "report", "status"):
+    for stage in ("run", "simulate", "verify", "train", "tune", "infer", "report", "status"):
         assert f"`sbi-dist {stage} EXPERIMENT`" in README
         assert (ROOT / "jobs" / f"{stage}.py").is_file()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sbi_dist.bijection import SupportBijection, matched_softness
+from sbi_dist.soft_uniform import SoftQuantile, soft_cdf, soft_log_density
 
 few = settings(deadline=None, max_examples=50)
 softnesses = st.floats(0.01, 2.0)
@@ -179,6 +180,136 @@ def test_density_on_half_lines_is_log_normal() -> None:
         z = bijection.unconstrain(column(values))
         log_q = stats.norm.logpdf(z[:, 0], 0.0, 0.7) - bijection.log_det(z).numpy()
         np.testing.assert_allclose(log_q, stats.lognorm(0.7).logpdf(theta), rtol=1e-10)
+
+
+# ---- the interval with soft edges ----------------------------------------------------------------
+
+
+def solved_quantile(unit: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """The quantile without a table: bisection, then Newton steps kept inside the bracket."""
+    lower_half = torch.minimum(unit, 1 - unit)
+    left = (-1 - 7 * s).expand_as(unit).clone()
+    right = (0.1 * s).expand_as(unit).clone()
+    for _ in range(8):
+        middle = 0.5 * (left + right)
+        below = soft_cdf(middle, s) < lower_half
+        left, right = torch.where(below, middle, left), torch.where(below, right, middle)
+    z = 0.5 * (left + right)
+    for _ in range(8):
+        cdf = soft_cdf(z, s).clamp_min(1e-300)
+        slope = torch.exp(soft_log_density(z, s)) / cdf
+        step = (cdf.log() - lower_half.clamp_min(1e-300).log()) / slope
+        z = (z - step).clamp(left, right)
+    return torch.where(unit > 0.5, -z, z)
+
+
+def units(seed: int) -> torch.Tensor:
+    """Probabilities in the tails, down to 1e-300, at octaves' ends, and all over the interval."""
+    rng = np.random.default_rng(seed)
+    tail = np.concatenate([10.0 ** -rng.uniform(0, 20, 3000), 10.0 ** -rng.uniform(0, 300, 500)])
+    octaves = 2.0 ** -np.arange(1, 60)
+    octaves = np.concatenate([octaves, np.nextafter(octaves, 0), np.nextafter(octaves, 1)])
+    middle = np.concatenate([rng.uniform(0, 1, 3000), 0.5 + 10.0 ** -rng.uniform(1, 16, 500)])
+    lower = np.concatenate([tail, octaves, middle, [0.0, 0.5]])
+    return torch.from_numpy(np.concatenate([lower, 1 - lower]))
+
+
+@pytest.mark.parametrize("softness", [1e-4, 0.01, 0.03, 0.1, 0.25, 0.6, 1.0, 2.0])
+def test_quantile_is_the_solution(softness) -> None:
+    s = torch.tensor([softness], dtype=torch.float64)
+    unit = units(0)[:, None]
+    z, solved = SoftQuantile(s)(unit), solved_quantile(unit, s)
+    # About zero z has the error of the distribution function that is inverted: a few roundings.
+    rounding = 2.0**-52 * torch.minimum(unit, 1 - unit) / soft_log_density(solved, s).exp()
+    assert ((z - solved).abs() <= 1e-12 * solved.abs() + 8 * rounding).all()
+    straight = (2 * unit - 1).abs() < 1 - 10 * s
+    assert torch.equal(z[straight], (2 * unit - 1)[straight])
+
+
+@given(softnesses, st.floats(1e-13, 0.5))
+@few
+def test_quantile_by_another_library(softness, unit) -> None:
+    s = torch.tensor([softness], dtype=torch.float64)
+    z = float(SoftQuantile(s)(torch.tensor([unit], dtype=torch.float64)))
+    # P(U + s N <= z) as the mean of the normal's over U.
+    points, weights = np.polynomial.legendre.leggauss(80)
+    edges = np.clip(z + softness * np.arange(-9, 10), -1, 1)
+    total = 0.0
+    for start, stop in zip([-1.0, *edges], [*edges, 1.0], strict=True):
+        at = 0.5 * (start + stop) + 0.5 * (stop - start) * points
+        total += 0.5 * (stop - start) * weights @ stats.norm.cdf((z - at) / softness)
+    smallest = float(soft_cdf(-1 - 7 * s, s))
+    assert total / 2 == pytest.approx(max(unit, smallest), rel=1e-11)
+
+
+@pytest.mark.parametrize("softness", [0.01, 0.2, 2.0])
+def test_log_density_far_from_the_interval(softness) -> None:
+    beyond = np.array([0.0, 1.0, 7.0, 29.9999, 30.0, 30.0001, 36.0, 40.0, 1e3])
+    z = torch.from_numpy(np.concatenate([1 + softness * beyond, -1 - softness * beyond]))
+    value = soft_log_density(z, torch.tensor(softness, dtype=torch.float64))
+    upper = stats.norm.logcdf((1 - z.abs()) / softness)
+    lower = stats.norm.logcdf((-1 - z.abs()) / softness)
+    expected = upper + np.log(-np.expm1(lower - upper)) - math.log(2)
+    np.testing.assert_allclose(value, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_gradients() -> None:
+    bijection = SupportBijection(np.array([-1.0, 0.0]), np.array([2.0, np.inf]), 0.2)
+    theta = torch.tensor([[-0.99, 0.1], [0.3, 2.0], [1.97, 4.0]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(bijection.unconstrain, theta.requires_grad_())
+    # The far branch must not spoil the gradient of the near one, nor the other way round.
+    z = torch.tensor([[-9.0, 1.0], [0.3, 2.0], [1.1, 4.0]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(bijection.log_det, z.requires_grad_())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_do_not_depend_on_the_batch(mixed, dtype) -> None:
+    """To the last bit, for batches of any size and place."""
+    low = np.array([-1.0, 0.0, -math.inf] if mixed else [-1.0, 0.0, 3.0])
+    high = np.array([1.0, 5.0, 7.0])
+    bijection = SupportBijection(low, high, np.array([0.02, 0.2, 0.6]))
+    rng = np.random.default_rng(0)
+    theta = torch.from_numpy(rng.uniform(np.maximum(low, -9.0), high, (20011, 3))).to(dtype)
+    z = bijection.unconstrain(theta)
+    log_det = bijection.log_det(z)
+    assert z.dtype == torch.float64 and z.shape == theta.shape
+    for size in (1, 3, 7, 64, 1001, 16384):
+        starts = range(0, min(len(theta), 200 * size), size)
+        parts = [bijection.unconstrain(theta[start : start + size]) for start in starts]
+        together = torch.cat(parts)
+        assert torch.equal(together, z[: len(together)])
+        dets = torch.cat([bijection.log_det(part) for part in parts])
+        assert torch.equal(dets, log_det[: len(dets)])
+    order = torch.randperm(len(theta), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(bijection.unconstrain(theta[order]), z[order])
+    assert torch.equal(bijection.unconstrain(theta.T.contiguous().T), z)  # nor on the layout
+    assert torch.equal(bijection.unconstrain(theta[:77].reshape(7, 11, 3)), z[:77].view(7, 11, 3))
+    assert torch.equal(bijection.unconstrain(theta[5]), z[5])
+    assert bijection.unconstrain(theta[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("low", [-1.0, -math.inf])
+def test_another_device_is_not_waited_for(low) -> None:
+    """On a device without numbers: whatever asked for one would fail."""
+    bijection = SupportBijection(np.array([0.0, low]), np.array([1.0, 2.0]), 0.1)
+    theta = torch.empty(5, 2, device="meta")
+    z = bijection.unconstrain(theta)
+    assert z.shape == (5, 2) and z.dtype == torch.float64 and z.device.type == "meta"
+    assert bijection.log_det(z).shape == (5,) and bijection.contains(theta).shape == (5,)
+    assert bijection.constrain(z, torch.float32).dtype == torch.float32
+
+
+def test_not_a_number_stays_one() -> None:
+    z = one(-1.0, 1.0).unconstrain(column([math.nan, 0.5, math.nan]))
+    assert torch.isnan(z[:, 0]).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("softness", [0.0, -0.1, math.nan, math.inf])
+def test_softness_is_positive(softness) -> None:
+    with pytest.raises(ValueError, match=r"softness is .*; it must be positive"):
+        one(0.0, 1.0, softness)
+    one(0.0, math.inf, softness)  # not used
 
 
 # ---- softness -----------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from sbi_dist.simulation import parquet
-from sbi_dist.simulation.parquet import Columns, ShortTail, decode, encode, read_note
+from sbi_dist.simulation.parquet import Columns, ShortTail, decode, encode, read_layout, read_note
+from sbi_dist.simulation.ranges import places_of
 
 few = settings(deadline=None, max_examples=30)
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
@@ -484,6 +485,59 @@ def test_the_note_is_in_the_last_bytes(data: Columns, extra: int) -> None:
         assert read_note(tail) == (data.metadata, len(data.theta))
 
 
+@few
+@given(some_columns(), st.data())
+def test_some_rows_are_read_by_the_layout(data: Columns, draw: st.DataObject) -> None:
+    content = encoded(data)
+    layout = read_layout(content)
+    assert layout is not None
+    places = places_of(layout)
+    rows = len(data.theta)
+    start, stop = sorted(draw.draw(st.integers(0, rows)) for _ in range(2))
+    asked: list[int] = []
+
+    def get(offset: int, length: int) -> bytes:
+        asked.append(length)
+        return content[offset : offset + length]
+
+    theta, x = places.read(get, start, stop)
+    assert theta.tobytes() == data.theta[start:stop].tobytes()
+    assert x.tobytes() == data.x[start:stop].tobytes()
+    assert theta.shape[1:] == data.theta.shape[1:] and x.shape[1:] == data.x.shape[1:]
+    assert sum(asked) == theta.nbytes + x.nbytes
+    for wrong in ((0, rows + 1), (-1, 0), (1, 0)):
+        with pytest.raises(ValueError, match=f"it has {rows} rows"):
+            places.read(get, *wrong)
+
+
+def test_some_rows_of_several_row_groups(monkeypatch) -> None:
+    monkeypatch.setattr(parquet, "_PAGE_BYTES", 24)
+    data = columns(7, (3,), (2,))
+    content = encoded(data)
+    places = places_of(read_layout(content))
+    assert places.groups.shape == (3, 5)  # two rows each
+    for start in range(8):
+        for stop in range(start, 8):
+            theta, x = places.read(lambda a, n: content[a : a + n], start, stop)
+            assert theta.tobytes() == data.theta[start:stop].tobytes()
+            assert x.tobytes() == data.x[start:stop].tobytes()
+    with pytest.raises(ValueError, match="it ends before its last row"):
+        places.read(lambda a, n: content[a : a + n][:-1], 0, 3)
+
+
+def test_a_rewritten_file_has_no_layout() -> None:
+    assert read_layout(written(pq.read_table(io.BytesIO(OURS[0])))) is None
+
+
+@pytest.mark.parametrize("column", ["theta", "x"])
+@pytest.mark.parametrize("wrong", [[3, 40], [4, 41], [1 << 70, 40], [4], None, "ab", ["a", 40]])
+def test_a_damaged_layout(column: str, wrong: Any) -> None:
+    layout = read_layout(OURS[0])
+    layout["groups"][0][column] = wrong
+    with pytest.raises(ValueError, match="its note of the layout does not fit the file"):
+        places_of(layout)
+
+
 def test_the_note_of_a_file_by_pyarrow() -> None:
     data = columns(7, metadata={"sbi_dist": "{}"})
     assert read_note(written(table_of(data))) == (data.metadata, 7)
@@ -523,6 +577,12 @@ def decode_or_refuse(content: bytes) -> None:
         refused.append(error)
     try:
         read_note(content)
+    except (ShortTail, ValueError) as error:
+        refused.append(error)
+    try:
+        layout = read_layout(content)
+        if layout is not None:
+            places_of(layout).read(lambda a, n: content[a : a + n], 0, 1)
     except (ShortTail, ValueError) as error:
         refused.append(error)
     assert {type(reason) for reason in refused} <= {ValueError, ShortTail}

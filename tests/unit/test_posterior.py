@@ -117,8 +117,8 @@ def test_damaged_json(store) -> None:
         store.put(BUNDLE, damaged)
         with pytest.raises(InputError, match="holds no valid model"):
             load_bundle(store)
-    store.put(BUNDLE, text.replace(b'"format": 1', b'"format": 2'))
-    with pytest.raises(InputError, match="has format 2; this version reads 1"):
+    store.put(BUNDLE, text.replace(b'"format": 1', b'"format": 3'))
+    with pytest.raises(InputError, match="has format 3; this version reads 1 and 2"):
         load_bundle(store)
 
 

@@ -287,6 +287,25 @@ def test_tails(store, server) -> None:
     assert store.get_tail("k", 3) == b"ent"
 
 
+def test_ranges(store, server) -> None:
+    def part(words: str, body: bytes, cut: int = 0) -> Answer:
+        return Answer(206, {"Content-Range": f"bytes {words}"}, body, cut)
+
+    wrong = [part("2-4/7", b"nte", cut=1), part("0-2/7", b"con"), part("2-6/7", b"ntent")]
+    server.answers = [*wrong, LOST, part("2-4/7", b"nte")]
+    assert store.get_range("k", 2, 3) == b"nte"
+    assert [r.headers["range"] for r in server.requests] == ["bytes=2-4"] * 5
+    server.answers = [part("5-6/7", b"nt")]  # as far as the object goes
+    assert store.get_range("k", 5, 3) == b"nt"
+    server.answers = [xml("InvalidRange", 416)]
+    assert store.get_range("k", 7, 3) == b""
+    server.answers = [OK]  # of a server that knows no ranges
+    assert store.get_range("k", 2, 3) == b"nte"
+    server.answers = [xml("NoSuchKey", 404)]
+    with pytest.raises(KeyError):
+        store.get_range("k", 2, 3)
+
+
 def waits(monkeypatch, server, store, *answers: Answer) -> list[float]:
     """How long the store waits between these answers."""
     slept: list[float] = []

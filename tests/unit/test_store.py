@@ -78,7 +78,11 @@ def test_put_get_delete(any_store) -> None:
     store.put("a/b", b"")
     assert store.get("a/b") == b""
     assert not store.exists("a")  # a folder is no object
-    for get in (store.get, lambda key: store.get_tail(key, 1)):
+    for get in (
+        store.get,
+        lambda key: store.get_tail(key, 1),
+        lambda key: store.get_range(key, 0, 1),
+    ):
         with pytest.raises(KeyError):
             get("a")
     store.delete("a")
@@ -96,6 +100,16 @@ def test_get_tail(any_store) -> None:
         assert any_store.get_tail("empty", length) == b""
         with pytest.raises(KeyError, match="none"):
             any_store.get_tail("none", length)
+
+
+def test_get_range(any_store) -> None:
+    any_store.put("k", b"0123456789")
+    any_store.put("empty", b"")
+    for start, length in itertools.product((0, 1, 9, 10, 11, 10_000), (0, 1, 4, 10, 10**12)):
+        assert any_store.get_range("k", start, length) == b"0123456789"[start : start + length]
+        assert any_store.get_range("empty", start, length) == b""
+        with pytest.raises(KeyError, match="none"):
+            any_store.get_range("none", start, length)
 
 
 def test_put_if_absent(any_store) -> None:
@@ -119,6 +133,8 @@ def test_keys_stay_below_the_root(any_store, key) -> None:
             write(key, b"")
     with pytest.raises(ValueError, match="is not a plain relative path"):
         any_store.get_tail(key, 1)
+    with pytest.raises(ValueError, match="is not a plain relative path"):
+        any_store.get_range(key, 0, 1)
     assert list(any_store.list()) == []
 
 

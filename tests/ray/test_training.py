@@ -1,0 +1,99 @@
+"""The train stage on Ray: disturbed at random it ends with the weights of a calm run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sbi_dist.errors import InputError, StageError
+from sbi_dist.estimation.bundle import load_bundle
+from sbi_dist.store import LocalStore
+from tests.ray.faults import Disturbed, fit_in, weights_of
+
+
+@pytest.fixture(scope="module")
+def calm(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
+    """A store with a model that was trained without disturbance, by two workers."""
+    root = LocalStore(tmp_path_factory.mktemp("calm"))
+    fit_in(root)
+    return root
+
+
+def test_killed_workers_and_drivers_are_not_seen_in_the_weights(
+    calm: LocalStore, ray_address: str, tmp_path: Path
+) -> None:
+    """Kill -9 of a worker, of all workers and of the driver, at random steps: bit for bit."""
+    root = LocalStore(tmp_path)
+    disturbed = Disturbed(root, ray_address, seed=1)
+    disturbed.wait_for_progress()
+    disturbed.kill_workers(1)
+    disturbed.wait_for_progress()
+    disturbed.kill_workers()
+    disturbed.wait_for_progress()
+    disturbed.kill()
+    disturbed.finish()
+    assert weights_of(root) == weights_of(calm)
+    history, other = (json.loads(store.get("model/metrics.json")) for store in (root, calm))
+    assert history["validation_loss"] == other["validation_loss"]
+    assert not list(root.list("model/checkpoints/")) and not list(root.list("model/failed"))
+    # 1,200 rows, of which 6 failed; two workers with half of each batch.
+    assert history["training_simulations"] + history["validation_simulations"] == 1194
+    # A finished job that is run again returns at once, and changes nothing.
+    before = (tmp_path / "model/bundle.json").stat().st_mtime_ns
+    fit_in(root)
+    assert (tmp_path / "model/bundle.json").stat().st_mtime_ns == before
+
+
+def test_an_ensemble_trains_side_by_side(ray_session: None, tmp_path: Path) -> None:
+    root = LocalStore(tmp_path)
+    about = fit_in(root, ensemble=2, workers=1, max_epochs=4)
+    assert len(about["training"]["members"]) == 2
+    estimator, _ = load_bundle(root.child("model"))
+    first, second = estimator.members
+    assert not any(
+        left.equal(right)
+        for left, right in zip(first.flow.parameters(), second.flow.parameters(), strict=True)
+        if left.ndim == 2 and left.abs().sum() > 0
+    )
+    assert not list(root.list("model/members/"))
+
+
+def test_workers_that_never_start(ray_session: None, tmp_path: Path, monkeypatch) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    root = LocalStore(tmp_path)
+    with pytest.raises(InputError, match=r"train\.workers asks for 3 x 4 = 12 CPUs"):
+        fit_in(root, workers=3, cpus_per_worker=4)
+
+    @ray.remote(num_cpus=1)
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    holders = [Holder.remote() for _ in range(int(ray.cluster_resources()["CPU"]))]
+    try:
+        ray.get([holder.ready.remote() for holder in holders])
+        with pytest.raises(StageError, match=r"2 worker\(s\) .* did not start in time"):
+            fit_in(root)
+    finally:
+        for holder in holders:
+            ray.kill(holder)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_worker_finds_wrong_is_told_as_it_is(
+    workers: int, ray_session: None, tmp_path: Path
+) -> None:
+    root = LocalStore(tmp_path)
+    with (
+        pytest.raises(InputError, match=r"train\.workers is 2, more than")
+        if workers
+        else (pytest.raises(StageError, match=r"lower train\.learning_rate"))
+    ):
+        # One row can't be shared; and steps of this size leave no number finite.
+        fit_in(root, workers=workers, batch_size=1 if workers else 32, learning_rate=1.0,
+               clip_norm=1e30, schedule="plateau", patience=1000)  # fmt: skip
+    assert not root.exists("model/bundle.json")
