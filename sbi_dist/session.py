@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 from sbi_dist.errors import InputError, StageError
 
-__all__ = ["capacity", "connect", "connected", "require"]
+__all__ = ["capacity", "connect", "connected", "is_own", "require"]
 
 # Ray Train polls its workers every two seconds by default, which a short training would wait for.
 _QUIET = {
@@ -23,6 +23,14 @@ _QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
 }
+
+
+_own = False  # whether this process started the Ray that it is connected to
+
+
+def is_own() -> bool:
+    """Whether the Ray in use is this process's own, on this machine and for its time only."""
+    return _own
 
 
 @contextlib.contextmanager
@@ -47,6 +55,7 @@ def connect(address: str | None = None) -> bool:
     Raises:
         InputError: no cluster answers at the address.
     """
+    global _own
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     import ray
@@ -80,6 +89,7 @@ def connect(address: str | None = None) -> bool:
         ) from error
     except RuntimeError as error:
         raise StageError(f"Ray could not start ({error})") from error
+    _own = not address
     # Ray puts its own handler there, with another exit code.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)

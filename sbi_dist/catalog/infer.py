@@ -250,7 +250,7 @@ def read_draws(target: ObjectStore, most: int | None = None) -> Draws:
     tables: list[pa.Table] = []
     rows = 0
     for key in target.list("part-"):
-        table = pq.read_table(io.BytesIO(target.get(key)))
+        table = pq.ParquetFile(io.BytesIO(target.get(key))).read(use_threads=False)
         tables.append(table if most is None else table.slice(0, most - rows))
         rows += len(tables[-1])
         if most is not None and rows >= most:

@@ -152,7 +152,7 @@ def _from_csv(data: bytes) -> tuple[list[str] | None, np.ndarray]:
 
 
 def _from_parquet(data: bytes) -> tuple[list[str] | None, np.ndarray]:
-    table = pq.read_table(io.BytesIO(data))
+    table = pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
     if "x" not in table.column_names:
         return _from_columns(table)
     column = table["x"].combine_chunks()

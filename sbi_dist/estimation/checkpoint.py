@@ -6,16 +6,21 @@ it is read without running code from it. What is in one is the training's matter
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-__all__ = ["Checkpoints", "DamagedCheckpoint", "decode", "encode"]
+from sbi_dist.estimation.options import TrainOptions
+from sbi_dist.store import ObjectStore
+
+__all__ = ["Checkpoints", "DamagedCheckpoint", "decode", "encode", "stored_checkpoints"]
 
 _MAGIC = b"sbi_dist checkpoint 1\n"
 _DIGEST = hashlib.sha256().digest_size
@@ -69,3 +74,42 @@ def decode(data: bytes, device: torch.device) -> dict[str, Any]:
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise DamagedCheckpoint("it holds more than plain data") from error
+
+
+@contextlib.contextmanager
+def stored_checkpoints(model: ObjectStore, options: TrainOptions) -> Iterator[Checkpoints]:
+    """Checkpoints in a model's folder, written while the training goes on, one at a time."""
+    writer = ThreadPoolExecutor(max_workers=1)
+    pending: list[Future[None]] = []
+
+    def keys() -> list[str]:
+        return sorted(model.list("checkpoints/"), reverse=True)
+
+    def latest() -> Iterator[bytes]:
+        for key in keys():
+            with contextlib.suppress(KeyError):  # removed since it was listed
+                yield model.get(key)
+
+    def write(step: int, data: bytes) -> None:
+        model.put(f"checkpoints/step-{step:012d}.pt", data)
+        for key in keys()[options.checkpoints_kept :]:
+            model.delete(key)
+
+    def flush() -> None:
+        while pending:
+            pending.pop().result()
+
+    def save(step: int, data: bytes) -> None:
+        flush()
+        pending.append(writer.submit(write, step, data))
+
+    try:
+        yield Checkpoints(
+            save,
+            latest,
+            options.checkpoint_every_s,
+            options.checkpoint_every_epochs,
+            flush,
+        )
+    finally:
+        writer.shutdown(wait=True, cancel_futures=True)

@@ -112,7 +112,8 @@ class TrainOptions(Options):
     seed: int = option(0, "seed of the split, the initial weights and the order of batches", ge=0)
     workers: int | str = option(
         "auto",
-        "Ray Train workers; auto: one for each GPU, or else one; 0 trains in the process that asks",
+        "Ray Train workers; 0 trains in the process that asks; auto: one for each GPU, else one, "
+        "or 0 on a Ray that the command started itself",
         ge=0,
         le=1024,
         choices=("auto",),

@@ -18,8 +18,9 @@ __all__ = ["Schedule", "batch_size_for"]
 _PEAK = {"average": 4e-3, "plateau": 5e-4, "cosine": 5e-4}
 _LOWER = 0.3  # factor of the learning rate at a plateau
 _WARM_UP_STEPS = 50
-_LEVEL_STEPS = 1000  # steps before the rate falls as one over the root of their number
+_LEVEL_STEPS = 5000  # steps before the rate falls as one over the root of their number
 _REACH = 10.0  # the average is over about the last 1/11 of all steps
+_LEAST_GAIN = 0.002  # nats; less is not worth more epochs
 _PATIENCE, _PATIENT_PART = 5, 0.25  # epochs, and part of the epochs so far
 
 
@@ -72,7 +73,8 @@ class Schedule:
         """Take note of a validation loss; whether to go back to the best weights."""
         self._epochs += 1
         back = False
-        if loss < self._best:
+        least = _LEAST_GAIN if self.options.schedule == "average" else 0.0
+        if loss < self._best - least:
             self._best, self._waited = loss, 0
         else:
             self._waited += 1

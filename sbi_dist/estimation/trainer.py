@@ -17,8 +17,6 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,7 @@ import torch
 
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.estimation.bundle import BUNDLE, load_bundle, save_bundle
-from sbi_dist.estimation.checkpoint import Checkpoints
+from sbi_dist.estimation.checkpoint import stored_checkpoints
 from sbi_dist.estimation.data import ShardSource
 from sbi_dist.estimation.density_estimator import DensityEstimator
 from sbi_dist.estimation.ensemble import Ensemble
@@ -43,7 +41,7 @@ from sbi_dist.estimation.loop import (
 from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.estimation.snapshot import METRICS
 from sbi_dist.estimation.workers import Workers
-from sbi_dist.session import capacity, require
+from sbi_dist.session import capacity, is_own, require
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.simulation.shard import ShardRecord
 from sbi_dist.store import ObjectStore
@@ -124,7 +122,9 @@ def _wanted(options: TrainOptions) -> _Wanted:
     gpus = options.gpus_per_worker
     workers = options.workers
     if isinstance(workers, str):
-        workers = max(1, int(there.get("GPU", 0.0) // (gpus or 1.0))) if gpus != 0 else 1
+        workers = int(there.get("GPU", 0.0) // (gpus or 1.0)) if gpus != 0 else 0
+        # On a Ray of this process's own there is nothing to gain from another process.
+        workers = workers or (0 if is_own() and options.min_workers is None else 1)
     if gpus is None:
         gpus = 1.0 if 0 < workers <= there.get("GPU", 0.0) else 0.0
     cpus = options.cpus_per_worker
@@ -205,25 +205,27 @@ def _jobs(
 def _run(jobs: list[_Job], wanted: _Wanted, at_once: int) -> None:
     """Run all jobs, some side by side; where one fails or the caller is interrupted, pause all."""
     waiting = list(jobs)
-    running: dict[threading.Thread, _Job] = {}
+    # Events, as an interrupted Thread.join takes the thread for dead (Python 3.11).
+    running: dict[threading.Event, _Job] = {}
     raised: list[BaseException] = []
 
-    def work(job: _Job) -> None:
+    def work(job: _Job, ended: threading.Event) -> None:
         try:
             _fit(job, wanted)
         except BaseException as error:  # told by the caller's thread
             raised.append(error)
+        finally:
+            ended.set()
 
     try:
         while (waiting or running) and not raised:
             while waiting and len(running) < at_once:
-                job = waiting.pop(0)
-                thread = threading.Thread(target=work, args=(job,), daemon=True)
-                thread.start()
-                running[thread] = job
+                job, ended = waiting.pop(0), threading.Event()
+                threading.Thread(target=work, args=(job, ended), daemon=True).start()
+                running[ended] = job
             # Signals reach the main thread only while it is awake now and then.
-            next(iter(running)).join(0.1)
-            running = {thread: job for thread, job in running.items() if thread.is_alive()}
+            next(iter(running)).wait(0.1)
+            running = {ended: job for ended, job in running.items() if not ended.is_set()}
     finally:
         if running:
             _pause(running)
@@ -231,14 +233,14 @@ def _run(jobs: list[_Job], wanted: _Wanted, at_once: int) -> None:
         raise raised[0]
 
 
-def _pause(running: dict[threading.Thread, _Job]) -> None:
+def _pause(running: dict[threading.Event, _Job]) -> None:
     """Let the jobs save a checkpoint before they are ended."""
     with contextlib.suppress(Exception):  # a store that is away: the checkpoint before it will do
         for job in running.values():
             job.model.put(_PAUSE, b"")
         until = time.monotonic() + _LEAVE_WITHIN_S
-        for thread in running:
-            thread.join(max(0.0, until - time.monotonic()))
+        for ended in running:
+            ended.wait(max(0.0, until - time.monotonic()))
 
 
 def _combine(jobs: list[_Job], model: ObjectStore, about: dict[str, Any]) -> None:
@@ -273,7 +275,11 @@ def _fit(job: _Job, wanted: _Wanted) -> None:
     elastic = 0 < wanted.least < wanted.workers
     trainer = Trainer(
         _work,
-        train_loop_config={"job": job, "threads": max(1, int(wanted.resources["CPU"]))},
+        train_loop_config={
+            "job": job,
+            "threads": max(1, int(wanted.resources["CPU"])),
+            "in_driver": wanted.workers == 0,
+        },
         scaling_config=ScalingConfig(
             num_workers=(wanted.least, wanted.workers) if elastic else wanted.workers,
             use_gpu=wanted.resources.get("GPU", 0) > 0,
@@ -310,7 +316,7 @@ def _fit(job: _Job, wanted: _Wanted) -> None:
 def _explained(error: Exception, wanted: _Wanted) -> StageError:
     texts = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = texts[-1] if texts else ""
-    if "StartupTimeout" in type(error).__name__ or "StartupTimeout" in str(error):
+    if "worker group startup timed out" in str(error):  # Ray's words; its type is not kept
         each = ", ".join(f"{amount:g} {name}" for name, amount in wanted.resources.items())
         return StageError(
             f"train: {max(1, wanted.least)} worker(s) with ({each}) did not start in time: the "
@@ -333,7 +339,7 @@ def _work(config: dict[str, Any]) -> None:
 
     job: _Job = config["job"]
     context = ray.train.get_context()
-    in_driver = job.options.workers == 0
+    in_driver: bool = config["in_driver"]
     if in_driver:
         workers = Workers(device=torch.device("cuda" if job.options.gpus_per_worker else "cpu"))
     else:
@@ -375,7 +381,7 @@ def _fit_and_save(job: _Job, workers: Workers, in_driver: bool) -> None:
             job.bounds,
             options,
             workers,
-            stack.enter_context(_stored(model, options)),
+            stack.enter_context(stored_checkpoints(model, options)),
             watch=live,
             start=_start(job.start, options),
             signals=signals,
@@ -444,37 +450,3 @@ class _Asked:
             return NOTHING
         self._told = True
         return CHECKPOINT
-
-
-@contextlib.contextmanager
-def _stored(model: ObjectStore, options: TrainOptions) -> Iterator[Checkpoints]:
-    """Checkpoints in the model's folder, written behind the training's back, one at a time."""
-    writer = ThreadPoolExecutor(max_workers=1)
-    pending: list[Future[None]] = []
-
-    def keys() -> list[str]:
-        return sorted(model.list("checkpoints/"), reverse=True)
-
-    def write(step: int, data: bytes) -> None:
-        model.put(f"checkpoints/step-{step:012d}.pt", data)
-        for key in keys()[options.checkpoints_kept :]:
-            model.delete(key)
-
-    def flush() -> None:
-        while pending:
-            pending.pop().result()
-
-    def save(step: int, data: bytes) -> None:
-        flush()
-        pending.append(writer.submit(write, step, data))
-
-    try:
-        yield Checkpoints(
-            save,
-            lambda: (model.get(key) for key in keys()),
-            options.checkpoint_every_s,
-            options.checkpoint_every_epochs,
-            flush,
-        )
-    finally:
-        writer.shutdown(wait=True, cancel_futures=True)

@@ -290,7 +290,7 @@ def _from_parquet(data: bytes, columns: Sequence[str | int] | None) -> np.ndarra
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise Unreadable(f" is no valid parquet file ({_first_line(error)})") from None
     parts = []

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sbi_dist.errors import InputError, StageError
+from sbi_dist.estimation.checkpoint import stored_checkpoints
 from sbi_dist.estimation.data import ShardSource
 from sbi_dist.estimation.data.held_out import HeldOut
 from sbi_dist.estimation.data.memory import available_bytes
@@ -18,7 +19,6 @@ from sbi_dist.estimation.density_estimator import DensityEstimator
 from sbi_dist.estimation.flow import ConditionalFlow
 from sbi_dist.estimation.loop import fit_source
 from sbi_dist.estimation.options import TrainOptions
-from sbi_dist.estimation.trainer import _stored
 from sbi_dist.estimation.workers import Workers
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.simulation.shard import ShardRecord
@@ -70,7 +70,7 @@ def run_trial(config: dict[str, Any], job: TrialJob) -> None:
     try:
         source = ShardSource(Dataset(job.dataset), job.records)
         told.weights = _weights(trial.options, source)
-        with _stored(job.search.child(trial.id), trial.options) as checkpoints:
+        with stored_checkpoints(job.search.child(trial.id), trial.options) as checkpoints:
             estimator, history = fit_source(source, job.bounds, options, workers, checkpoints, told)
         told(history)  # where the last checkpoint was made after the last epoch
         losses = _single_losses(estimator, source, trial.options)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import simulation, training, tutorial
+from tests.benchmarks import simulation, steps, streaming, training, tutorial
 
-BENCHMARKS = {"tutorial": tutorial.run, "simulation": simulation.run, "training": training.run}
+BENCHMARKS = {
+    "tutorial": tutorial.run,
+    "simulation": simulation.run,
+    "training": training.run,
+    "steps": steps.run,
+    "streaming": streaming.run,
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or BENCHMARKS:

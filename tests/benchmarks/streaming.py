@@ -1,8 +1,10 @@
 """Batches for training from stored simulations: from memory, and streamed where they do not fit.
 
 ``python -m tests.benchmarks.streaming [rows ...]``; rows of 3 + 10 floats below TMPDIR. Each row
-of the table is a process of its own. Nothing is computed with the batches; ``of a CPU`` counts the
-time that the process had a core, which other work on the machine does not lengthen.
+of the table is a process of its own. ``batches`` is with nothing computed from them; ``of a CPU``
+counts the time that the process had a core, which other work on the machine does not lengthen;
+``trained`` is with the optimizer's steps of the default network, on one thread, for some seconds
+from the first step on.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from sbi_dist.estimation.data import ShardSource, TrainingData, load_data
+from sbi_dist.estimation.density_estimator import DensityEstimator
+from sbi_dist.estimation.optimize import Optimization
 from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.estimation.workers import Workers
 from sbi_dist.simulation.dataset import Dataset
@@ -30,13 +34,15 @@ __all__ = ["run"]
 SHARD_ROWS = 65_536
 BATCH_SIZE = 1000
 MEMORY_GB = 0.256
+TRAIN_S = 40.0
 
 
 def run(counts: tuple[int, ...] = (1_000_000,)) -> None:
     """Print the table."""
-    print("\nBatches of stored simulations of 3 + 10 floats, nothing computed with them")
+    print("\nStored simulations of 3 + 10 floats, from memory and streamed")
     print(
         f"{'':34}{'loaded in':>12}{'batches':>14}{'of a CPU':>14}{'first after':>14}{'memory':>12}"
+        f"{'trained':>14}{'waited':>8}"
     )
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
@@ -50,6 +56,7 @@ def run(counts: tuple[int, ...] = (1_000_000,)) -> None:
                     f"{result['load_s']:10.1f} s{result['rows_per_s'] / 1e6:10.2f} M/s"
                     f"{result['rows_per_cpu_s'] / 1e6:10.2f} M/s"
                     f"{1e3 * result['first_s']:11.0f} ms{result['growth_mb']:9.0f} MB"
+                    f"{result['trained_per_s'] / 1e3:10.1f} k/s{result['waited']:8.1%}"
                 )
 
 
@@ -99,6 +106,7 @@ def _one(folder: str, mode: str, memory_gb: float) -> None:
             first = first or time.perf_counter() - loaded
             rows += len(u)
         ended, cpu = time.perf_counter(), time.process_time() - cpu
+        trained, waited = _trained(data)
         data.close()
     print(
         json.dumps(
@@ -108,9 +116,28 @@ def _one(folder: str, mode: str, memory_gb: float) -> None:
                 "rows_per_s": rows / (ended - loaded),
                 "rows_per_cpu_s": rows / cpu,
                 "growth_mb": peak.growth / 1e6,
+                "trained_per_s": trained,
+                "waited": waited,
             }
         )
     )
+
+
+def _trained(data: TrainingData) -> tuple[float, float]:
+    """Rows a second that are trained on, and the part of the time that was waited for them."""
+    options = TrainOptions()
+    flow = DensityEstimator(options, data.standardization, (10,)).flow
+    optimization = Optimization(flow, options, Workers(), data.batch_size)
+    began, waited, rows = 0.0, 0.0, 0
+    for u, x in data.batches(2):
+        if rows == 0:
+            began, waited = time.perf_counter(), data.input_wait_s
+        optimization.step(u, x, 1e-3, 0.1)
+        rows += len(u)
+        elapsed = time.perf_counter() - began
+        if elapsed > TRAIN_S:
+            break
+    return rows / elapsed, (data.input_wait_s - waited) / elapsed
 
 
 def _load(

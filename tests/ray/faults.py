@@ -77,9 +77,9 @@ def weights_of(root: ObjectStore) -> bytes:
 
 
 class Disturbed:
-    """A driver of :func:`fit_in` in a process of its own."""
+    """A driver of :func:`fit_in` in its own process, and on its own Ray without an address."""
 
-    def __init__(self, root: ObjectStore, address: str, seed: int) -> None:
+    def __init__(self, root: ObjectStore, address: str | None, seed: int) -> None:
         self.root, self._address, self._random = root, address, random.Random(seed)
         self._start()
 
@@ -87,7 +87,7 @@ class Disturbed:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.ray.faults", self.root.uri],
             cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": self._address},
+            env={**os.environ, "RAY_ADDRESS": self._address or ""},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -141,16 +141,35 @@ class Disturbed:
             time.sleep(0.1)
         self._start()
 
+    def stop(self) -> None:
+        """Ask the driver to end, as Ray, Kubernetes and Ctrl-C do: it saves a checkpoint first."""
+        before = self._newest()
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(timeout=30) == 143
+        assert self._newest() > before
+        assert not self.root.exists(f"model/{BUNDLE}")
+        self._start()
+
     def finish(self, patience_s: float = 200) -> None:
         """Wait for the end."""
         _, said = self.process.communicate(timeout=patience_s)
         assert self.process.returncode == 0, said
 
 
-def main(uri: str) -> None:
-    with connected():
-        fit_in(open_store(uri))
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(uri: str) -> int:
+    """As the command line does it: SIGTERM ends the process in order."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with connected():
+            fit_in(open_store(uri))
+    except KeyboardInterrupt:
+        return 143
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -302,45 +301,6 @@ def test_damaged_shard_is_told_at_train(sbi_dist: Run, tmp_path: Path) -> None:
     repaired = pq.read_table(shard)["x"].combine_chunks().to_numpy_ndarray()
     assert repaired.tobytes() == x.tobytes() and len(shard.read_bytes()) > 0.9 * len(good)
     said(sbi_dist("train", "experiment.yaml"), 0)
-
-
-def test_killed_training_goes_on_from_its_checkpoint(
-    sbi_dist: Run, tmp_path: Path, ray_address: str
-) -> None:
-    """Kill -9 and SIGTERM of the driver: the weights are the calm run's, bit for bit."""
-    weights = {}
-    for name in ("calm", "killed"):
-        folder = tmp_path / name
-        folder.mkdir()
-        path = write_experiment(folder, FAST)
-        content = yaml.safe_load(path.read_text())
-        content["train"] = {
-            "transforms": 3, "hidden_features": 32, "max_epochs": 60, "schedule": "cosine",
-            "batch_size": 20, "checkpoint_every_s": 0.2, "cpus_per_worker": 1,
-        }  # fmt: skip
-        path.write_text(yaml.safe_dump(content))
-        said(sbi_dist("simulate", str(path), "--store", str(folder / "runs")), 0)
-        arguments = command("train", str(path), "--store", str(folder / "runs"))
-        for number in (signal.SIGKILL, signal.SIGTERM) if name == "killed" else ():
-            seen = set(folder.glob("runs/experiment/models/*/checkpoints/*.pt"))
-            process = subprocess.Popen(
-                arguments, cwd=folder, env=environment(ray_address), stderr=subprocess.DEVNULL
-            )
-            deadline = time.monotonic() + 120
-            while not set(folder.glob("runs/experiment/models/*/checkpoints/*.pt")) - seen:
-                assert process.poll() is None, "training ended before it was to be stopped"
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            process.send_signal(number)
-            assert process.wait(timeout=60) == (143 if number == signal.SIGTERM else -9)
-            assert not list(folder.glob("runs/experiment/models/*/bundle.json"))
-        subprocess.run(arguments, cwd=folder, env=environment(ray_address), check=True, timeout=200)
-        model = next(folder.glob("runs/experiment/models/*/bundle.json")).parent
-        weights[name] = (model / "weights.safetensors").read_bytes()
-        history = json.loads((model / "metrics.json").read_text())
-        assert history["epoch"] == list(range(61))
-        assert not list(model.glob("checkpoints/*"))
-    assert weights["killed"] == weights["calm"]
 
 
 def test_overlap_ends_with_a_model_of_all_simulations(sbi_dist: Run, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def calm(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> LocalSt
 def test_killed_workers_and_drivers_are_not_seen_in_the_weights(
     calm: LocalStore, ray_address: str, tmp_path: Path
 ) -> None:
-    """Kill -9 of a worker, of all workers and of the driver, at random steps: bit for bit."""
+    """Kill -9 of a worker, of all workers and of the driver, and SIGTERM: bit for bit."""
     root = LocalStore(tmp_path)
     disturbed = Disturbed(root, ray_address, seed=1)
     disturbed.wait_for_progress()
@@ -33,6 +33,8 @@ def test_killed_workers_and_drivers_are_not_seen_in_the_weights(
     disturbed.kill_workers()
     disturbed.wait_for_progress()
     disturbed.kill()
+    disturbed.wait_for_progress()
+    disturbed.stop()
     disturbed.finish()
     assert weights_of(root) == weights_of(calm)
     history, other = (json.loads(store.get("model/metrics.json")) for store in (root, calm))
@@ -83,17 +85,8 @@ def test_workers_that_never_start(ray_session: None, tmp_path: Path, monkeypatch
             ray.kill(holder)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_what_a_worker_finds_wrong_is_told_as_it_is(
-    workers: int, ray_session: None, tmp_path: Path
-) -> None:
+def test_what_a_worker_finds_wrong_is_told_as_it_is(ray_session: None, tmp_path: Path) -> None:
     root = LocalStore(tmp_path)
-    with (
-        pytest.raises(InputError, match=r"train\.workers is 2, more than")
-        if workers
-        else (pytest.raises(StageError, match=r"lower train\.learning_rate"))
-    ):
-        # One row can't be shared; and steps of this size leave no number finite.
-        fit_in(root, workers=workers, batch_size=1 if workers else 32, learning_rate=1.0,
-               clip_norm=1e30, schedule="plateau", patience=1000)  # fmt: skip
+    with pytest.raises(InputError, match=r"train\.workers is 2, more than"):
+        fit_in(root, batch_size=1)  # which can't be shared
     assert not root.exists("model/bundle.json")
