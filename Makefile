@@ -26,7 +26,8 @@ run: $(VENV)/.runtime
 	$(VENV)/bin/sbi-dist run lynx_hare
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest tests/unit -n auto
+	$(VENV)/bin/python -m pytest tests/ray tests/services tests/gpu
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check sbi_dist tests jobs

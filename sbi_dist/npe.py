@@ -23,7 +23,8 @@ from sbi_dist.errors import InputError
 from sbi_dist.estimation.bundle import load_bundle
 from sbi_dist.estimation.ensemble import Estimator
 from sbi_dist.estimation.options import TrainOptions
-from sbi_dist.estimation.trainer import METRICS, train
+from sbi_dist.estimation.snapshot import METRICS
+from sbi_dist.estimation.trainer import train
 from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.priors import as_prior, prior_to_data, support_bounds
 from sbi_dist.problem import Problem

@@ -14,7 +14,7 @@ import json
 import threading
 from collections.abc import Callable
 
-from sbi_dist.estimation.trainer import STOP
+from sbi_dist.estimation.signals import STOP
 from sbi_dist.experiment import Experiment
 from sbi_dist.progress import say
 from sbi_dist.rounds import Round, Rounds

@@ -21,7 +21,8 @@ from sbi_dist.catalog.infer import infer as infer_catalog
 from sbi_dist.catalog.observations import Catalog, make_catalog, read_catalog
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.estimation.bundle import BUNDLE, load_bundle
-from sbi_dist.estimation.trainer import METRICS, train
+from sbi_dist.estimation.snapshot import METRICS
+from sbi_dist.estimation.trainer import train
 from sbi_dist.experiment import Experiment, digest
 from sbi_dist.overlap import end_overlap, overlap_training, warm_start
 from sbi_dist.posterior.posterior import PROMOTED, Posterior

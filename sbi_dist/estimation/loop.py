@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,20 @@ from sbi_dist.estimation.density_estimator import DensityEstimator
 from sbi_dist.estimation.optimize import Optimization
 from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.estimation.schedule import Schedule, batch_size_for
+from sbi_dist.estimation.signals import (
+    CHECKPOINT,
+    FINISH,
+    LEAVE,
+    NOTHING,
+    TOGETHER,
+    Leave,
+    Signals,
+    Silence,
+)
 from sbi_dist.estimation.snapshot import Snapshot
 from sbi_dist.estimation.workers import ALONE, Workers
 
-__all__ = ["Leave", "Signals", "Watch", "fit", "fit_source", "split"]
+__all__ = ["Watch", "fit", "fit_source", "split"]
 
 # A GPU runs ahead of the program; it is waited for only every so many steps.
 _LOOK_EVERY = {"cpu": 1, "cuda": 32}
@@ -35,39 +45,8 @@ _LOOK_EVERY = {"cpu": 1, "cuda": 32}
 _WINDOW, _BAD = 100, 20
 _RECOVERIES = 4
 
-NOTHING, CHECKPOINT, FINISH, LEAVE, TOGETHER = range(5)
-
-
-class Signals(Protocol):
-    """What others ask of a training while it runs."""
-
-    def wanted(self) -> int:
-        """Asked of the first worker before each step: one of
-
-        NOTHING; CHECKPOINT, save one and go on; FINISH, end after this epoch; LEAVE, save one and
-        stop; TOGETHER, call ``together`` on all workers.
-        """
-        ...
-
-    def together(self) -> int:
-        """NOTHING or CHECKPOINT, the same on all workers."""
-        ...
-
-
-class _Silence:
-    def wanted(self) -> int:
-        return NOTHING
-
-    def together(self) -> int:
-        return NOTHING
-
-
 # Told of each step: a function that gives the state of things, and the history so far.
 Watch = Callable[[Callable[[], Snapshot], dict[str, Any]], None]
-
-
-class Leave(Exception):
-    """The training was asked to stop; it goes on from its last checkpoint."""
 
 
 def fit(
@@ -145,7 +124,7 @@ def fit_source(
         else:
             estimator.flow.load_state_dict(start.flow.state_dict())
         estimator.flow.to(workers.device)
-        training = _Training(estimator, data, options, workers, signals or _Silence())
+        training = _Training(estimator, data, options, workers, signals or Silence())
         if checkpoints is not None:
             training.resume(checkpoints)
         training.run(checkpoints, report, watch)

@@ -29,32 +29,21 @@ from sbi_dist.estimation.data import ShardSource
 from sbi_dist.estimation.density_estimator import DensityEstimator
 from sbi_dist.estimation.ensemble import Ensemble
 from sbi_dist.estimation.live import Live, shown
-from sbi_dist.estimation.loop import (
-    CHECKPOINT,
-    FINISH,
-    LEAVE,
-    NOTHING,
-    TOGETHER,
-    Leave,
-    fit_source,
-)
+from sbi_dist.estimation.loop import fit_source
 from sbi_dist.estimation.options import TrainOptions
+from sbi_dist.estimation.placement import Placement, place
+from sbi_dist.estimation.signals import PAUSE, STOP, Asked, Leave
 from sbi_dist.estimation.snapshot import METRICS
 from sbi_dist.estimation.workers import Workers
-from sbi_dist.session import capacity, is_own, require
 from sbi_dist.simulation.dataset import Dataset
+from sbi_dist.simulation.failures import frequent_failures
 from sbi_dist.simulation.shard import ShardRecord
 from sbi_dist.store import ObjectStore
 
-__all__ = ["METRICS", "STOP", "train"]
+__all__ = ["train"]
 
-STOP = "stop"  # asks for the end of a training after its epoch
-_PAUSE = "pause"  # asks for a checkpoint and the end of the job
 _FAILED = "failed.json"
 _SUMMARY = ("best_epoch", "best_validation_loss", "seconds", "training_simulations", "notes")
-_POLL_S = 0.5
-# Ray's watcher of nodes that are to be taken away looks as often.
-_LOOK_TOGETHER_S = 5.0
 _LEAVE_WITHIN_S = 2.0
 
 
@@ -81,7 +70,8 @@ def train(
     """
     if model.exists(BUNDLE):
         return json.loads(model.get(BUNDLE))
-    wanted = _wanted(options)
+    _check_usable(records)
+    wanted = place(options)
     jobs = _jobs(dataset, records, bounds, model, options, about, start, stoppable)
     with shown(jobs[0].model, show_progress):
         _run(jobs, wanted, max(1, wanted.members(len(jobs))))
@@ -92,68 +82,21 @@ def train(
     return json.loads(model.get(BUNDLE))
 
 
-# ---- what is asked of the cluster -----------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """Workers of a job (0: this process), the fewest it goes on with, and what each one takes."""
-
-    workers: int
-    least: int
-    resources: dict[str, float]
-
-    def members(self, count: int) -> int:
-        """How many of ``count`` jobs to run side by side."""
-        if self.workers == 0:
-            return 1
-        return min(count, capacity(self.resources) // self.workers)
-
-
-def _wanted(options: TrainOptions) -> _Wanted:
-    """What to ask for, of what is there.
+def _check_usable(records: list[ShardRecord]) -> None:
+    """Say it plainly where too few simulations succeeded; how many are too few, ``split`` knows.
 
     Raises:
-        InputError: the cluster can never hold it.
+        InputError: names the most frequent failure.
     """
-    import ray
-
-    there = ray.cluster_resources()
-    gpus = options.gpus_per_worker
-    workers = options.workers
-    if isinstance(workers, str):
-        workers = int(there.get("GPU", 0.0) // (gpus or 1.0)) if gpus != 0 else 0
-        # On a Ray of this process's own there is nothing to gain from another process.
-        workers = workers or (0 if is_own() and options.min_workers is None else 1)
-    if gpus is None:
-        gpus = 1.0 if 0 < workers <= there.get("GPU", 0.0) else 0.0
-    cpus = options.cpus_per_worker
-    if cpus is None:
-        # The products of small networks are too short to be shared between cores.
-        wide = options.hidden_features > 256 and not gpus
-        cpus = min(8.0, max(1.0, there.get("CPU", 1.0) // max(1, workers))) if wide else 1.0
-    resources = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-    if options.accelerator is not None:
-        name = f"accelerator_type:{options.accelerator}"
-        if not gpus or name not in there:
-            kinds = sorted(key.partition(":")[2] for key in there if key.startswith("accelerator_"))
-            raise InputError(
-                f"train.accelerator is {options.accelerator!r}; the Ray cluster has "
-                f"{', '.join(kinds) or 'no GPUs'}; leave it out to take any"
-            )
-    least = options.min_workers or workers
-    if least > max(1, workers):
+    rows, failed = (sum(getattr(each, name) for each in records) for name in ("rows", "failures"))
+    frequent = frequent_failures(records, 1)
+    if frequent and rows - failed < 20 <= rows:
+        (most,) = frequent
         raise InputError(
-            f"train.min_workers is {least}, more than train.workers, which is {workers}"
+            f"train: {failed:,} of {rows:,} simulations failed, which leaves {rows - failed}; at "
+            f"least 20 are needed. Most frequent: {most['count']:,} x {most['status']} "
+            f"({most['message']}); mend the simulator or the prior"
         )
-    if not workers and gpus and not torch.cuda.is_available():
-        raise InputError(
-            f"train.gpus_per_worker is {gpus:g}, and torch finds no GPU on this machine; leave it "
-            "out to train on the CPU"
-        )
-    if workers:
-        require(resources, min(least, workers), "train.workers")
-    return _Wanted(workers, least, resources)
 
 
 # ---- jobs -----------------------------------------------------------------------------------
@@ -202,7 +145,7 @@ def _jobs(
     ]
 
 
-def _run(jobs: list[_Job], wanted: _Wanted, at_once: int) -> None:
+def _run(jobs: list[_Job], wanted: Placement, at_once: int) -> None:
     """Run all jobs, some side by side; where one fails or the caller is interrupted, pause all."""
     waiting = list(jobs)
     # Events, as an interrupted Thread.join takes the thread for dead (Python 3.11).
@@ -237,7 +180,7 @@ def _pause(running: dict[threading.Event, _Job]) -> None:
     """Let the jobs save a checkpoint before they are ended."""
     with contextlib.suppress(Exception):  # a store that is away: the checkpoint before it will do
         for job in running.values():
-            job.model.put(_PAUSE, b"")
+            job.model.put(PAUSE, b"")
         until = time.monotonic() + _LEAVE_WITHIN_S
         for ended in running:
             ended.wait(max(0.0, until - time.monotonic()))
@@ -257,7 +200,7 @@ def _combine(jobs: list[_Job], model: ObjectStore, about: dict[str, Any]) -> Non
     save_bundle(model, Ensemble(members), {**about, "training": summary})
 
 
-def _fit(job: _Job, wanted: _Wanted) -> None:
+def _fit(job: _Job, wanted: Placement) -> None:
     """Train one estimator by Ray Train, from its last checkpoint on, until its bundle is there."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -292,7 +235,7 @@ def _fit(job: _Job, wanted: _Wanted) -> None:
             failure_config=FailureConfig(max_failures=options.restarts, controller_failure_limit=3),
         ),
     )
-    for key in (METRICS, _FAILED, _PAUSE):
+    for key in (METRICS, _FAILED, PAUSE):
         model.delete(key)
     try:
         trainer.fit()
@@ -313,7 +256,7 @@ def _fit(job: _Job, wanted: _Wanted) -> None:
         raise StageError("train: the workers ended without a model; run the command again")
 
 
-def _explained(error: Exception, wanted: _Wanted) -> StageError:
+def _explained(error: Exception, wanted: Placement) -> StageError:
     texts = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = texts[-1] if texts else ""
     if "worker group startup timed out" in str(error):  # Ray's words; its type is not kept
@@ -375,7 +318,7 @@ def _fit_and_save(job: _Job, workers: Workers, in_driver: bool) -> None:
             live = stack.enter_context(
                 Live(model, labels, hyperparameters=dataclasses.asdict(options))
             )
-        signals = stack.enter_context(_Asked(job, workers.rank == 0, in_driver))
+        signals = stack.enter_context(Asked(model, job.stop, workers.rank == 0, in_driver))
         estimator, history = fit_source(
             ShardSource(Dataset(job.dataset), job.records),
             job.bounds,
@@ -405,48 +348,3 @@ def _start(start: ObjectStore | None, options: TrainOptions) -> DensityEstimator
         number = (options.seed // 1_000_003) % len(estimator.members)
         return estimator.members[number]
     return estimator
-
-
-class _Asked:
-    """What others ask of a training, read from the store in a thread of its own."""
-
-    def __init__(self, job: _Job, first: bool, in_driver: bool) -> None:
-        self._job, self._first, self._in_driver = job, first, in_driver
-        self._wanted, self._looked, self._told = NOTHING, time.monotonic(), False
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-
-    def __enter__(self) -> _Asked:
-        if self._first:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._over.set()
-        if self._first:
-            self._thread.join(5.0)
-
-    def _poll(self) -> None:
-        while not self._over.wait(_POLL_S):
-            with contextlib.suppress(Exception):  # the store is away; it is asked again
-                if self._job.model.exists(_PAUSE):
-                    self._wanted = LEAVE
-                elif self._job.stop is not None and self._job.stop.exists(STOP):
-                    self._wanted = FINISH
-
-    def wanted(self) -> int:
-        if self._wanted == NOTHING and not self._in_driver:
-            now = time.monotonic()
-            if now - self._looked >= _LOOK_TOGETHER_S:
-                self._looked = now
-                return TOGETHER
-        return self._wanted
-
-    def together(self) -> int:
-        """CHECKPOINT once, when a node of the job is about to be taken away."""
-        import ray.train
-
-        if ray.train.get_preemption_info() is None or self._told:
-            return NOTHING
-        self._told = True
-        return CHECKPOINT

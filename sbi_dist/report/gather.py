@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sbi_dist.catalog.infer import LEAST_SAMPLE_SIZE, MANIFEST, PREDICTIVE, read_draws
-from sbi_dist.estimation.trainer import METRICS
+from sbi_dist.estimation.snapshot import METRICS
 from sbi_dist.experiment import Experiment
 from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.priors import describe, prior_from_data, sample_prior, support_bounds

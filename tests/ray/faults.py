@@ -6,6 +6,7 @@ Run as a program it is the driver of the job; the tests import what they need to
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -79,15 +80,22 @@ def weights_of(root: ObjectStore) -> bytes:
 class Disturbed:
     """A driver of :func:`fit_in` in its own process, and on its own Ray without an address."""
 
-    def __init__(self, root: ObjectStore, address: str | None, seed: int) -> None:
+    def __init__(
+        self, root: ObjectStore, address: str | None, seed: int, **changes: object
+    ) -> None:
         self.root, self._address, self._random = root, address, random.Random(seed)
+        self._changes = json.dumps(changes)
         self._start()
 
     def _start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ray.faults", self.root.uri],
+            [sys.executable, "-m", "tests.ray.faults", self.root.uri, self._changes],
             cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": self._address or ""},
+            env={
+                **os.environ,
+                "RAY_ADDRESS": self._address or "",
+                "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+            },
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -160,16 +168,16 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def main(uri: str) -> int:
+def main(uri: str, changes: str) -> int:
     """As the command line does it: SIGTERM ends the process in order."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with connected():
-            fit_in(open_store(uri))
+            fit_in(open_store(uri), **json.loads(changes))
     except KeyboardInterrupt:
         return 143
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.estimation.bundle import load_bundle
+from sbi_dist.estimation.options import TrainOptions
+from sbi_dist.estimation.trainer import train
+from sbi_dist.simulation.shard import Simulations, encode_shard
 from sbi_dist.store import LocalStore
+from tests.ray.conftest import Nodes, wait_until
 from tests.ray.faults import Disturbed, fit_in, weights_of
 
 
@@ -46,6 +51,42 @@ def test_killed_workers_and_drivers_are_not_seen_in_the_weights(
     before = (tmp_path / "model/bundle.json").stat().st_mtime_ns
     fit_in(root)
     assert (tmp_path / "model/bundle.json").stat().st_mtime_ns == before
+
+
+def test_a_machine_that_is_taken_away(cluster: Nodes, tmp_path: Path) -> None:
+    """A notice brings a checkpoint, from which the job goes on with the workers that are left."""
+    root = LocalStore(tmp_path)
+    node = cluster.others[-1]
+    disturbed = Disturbed(
+        root,
+        cluster.address,
+        seed=3,
+        workers=cluster.cpus(),
+        min_workers=1,
+        cpus_per_worker=1,
+        max_epochs=70,
+        checkpoint_every_s=1e6,
+        dropout=0.0,
+    )
+    try:
+        wait_until(lambda: root.exists("model/metrics.json"), "the first steps")
+        assert not list(root.list("model/checkpoints/"))
+        cluster.drain(node, 60.0)
+        disturbed.wait_for_progress(30)
+        cluster.remove(node)
+        disturbed.finish()
+    finally:
+        disturbed.process.kill()
+        if node not in cluster.others:
+            cluster.add()
+    history = json.loads(root.get("model/metrics.json"))
+    assert history["epoch"] == list(range(71))
+    # Batches are the same for any number of workers; float32 sums of others' order is all that
+    # parts this from a calm run.
+    alone = LocalStore(tmp_path / "alone")
+    fit_in(alone, workers=0, max_epochs=70, dropout=0.0)
+    calm = json.loads(alone.get("model/metrics.json"))
+    assert abs(history["best_validation_loss"] - calm["best_validation_loss"]) < 0.02
 
 
 def test_an_ensemble_trains_side_by_side(ray_session: None, tmp_path: Path) -> None:
@@ -90,3 +131,16 @@ def test_what_a_worker_finds_wrong_is_told_as_it_is(ray_session: None, tmp_path:
     with pytest.raises(InputError, match=r"train\.workers is 2, more than"):
         fit_in(root, batch_size=1)  # which can't be shared
     assert not root.exists("model/bundle.json")
+
+
+def test_simulations_that_all_failed(ray_session: None, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    rows = np.full((50, 2), np.nan, dtype=np.float32)
+    failed = dict.fromkeys(range(50), ("error", "ValueError: no such rate"))
+    ids, seconds = np.arange(50), np.zeros(50, dtype=np.float32)
+    simulations = Simulations(ids, np.zeros_like(rows), rows, failed, seconds)
+    data, record = encode_shard(simulations, {"shard": 0, "x_shape": [2]})
+    store.put("dataset/shard-000000.parquet", data)
+    unbounded = np.full(2, -np.inf), np.full(2, np.inf)
+    with pytest.raises(InputError, match=r"50 of 50 simulations failed.*50 x error .*no such rate"):
+        train(store.child("dataset"), [record], unbounded, store.child("model"), TrainOptions(), {})

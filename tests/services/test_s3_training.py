@@ -15,14 +15,14 @@ from tests.services.s3_server import S3Server
 def test_faults_are_not_seen_in_the_weights(
     tmp_path: Path, s3_server: S3Server, store: S3Store
 ) -> None:
-    """Bit for bit those of one undisturbed worker group on a local disk."""
+    """Bit for bit those of an undisturbed training in one process and on a local disk."""
     calm = LocalStore(tmp_path)
     with connected():
-        fit_in(calm)
+        fit_in(calm, workers=0)
     # Its Ray gets this process's environment, with the credentials.
-    disturbed = Disturbed(store, None, seed=2)
+    disturbed = Disturbed(store, None, seed=2, workers=1)
     disturbed.wait_for_progress()
-    disturbed.kill_workers(1)
+    disturbed.kill_workers()
     disturbed.wait_for_progress()
     s3_server.kill()
     time.sleep(2.0)

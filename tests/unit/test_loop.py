@@ -18,18 +18,9 @@ from sbi_dist.estimation.checkpoint import Checkpoints
 from sbi_dist.estimation.data import ArraySource
 from sbi_dist.estimation.density_estimator import DensityEstimator
 from sbi_dist.estimation.flow import ConditionalFlow
-from sbi_dist.estimation.loop import (
-    CHECKPOINT,
-    FINISH,
-    LEAVE,
-    NOTHING,
-    TOGETHER,
-    Leave,
-    fit,
-    fit_source,
-    split,
-)
+from sbi_dist.estimation.loop import fit, fit_source, split
 from sbi_dist.estimation.options import TrainOptions
+from sbi_dist.estimation.signals import CHECKPOINT, FINISH, LEAVE, NOTHING, TOGETHER, Leave
 from sbi_dist.estimation.workers import Workers
 
 NOISE = 0.5
