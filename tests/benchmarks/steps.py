@@ -15,7 +15,7 @@ import torch
 from sbi_dist.estimation.fast import FlatParameters
 from sbi_dist.estimation.flow import ConditionalFlow
 from sbi_dist.estimation.options import TrainOptions
-from tests.unit.test_fast import as_shipped
+from tests.shipped import as_shipped
 
 __all__ = ["run"]
 

@@ -11,9 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nflows.nn.nets import ResidualNet
 from nflows.transforms import (
-    LULinear,
     MaskedAffineAutoregressiveTransform,
     PiecewiseRationalQuadraticCouplingTransform,
 )
@@ -23,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sbi_dist.estimation.fast import FlatParameters, fast_log_prob
 from sbi_dist.estimation.flow import ConditionalFlow
 from sbi_dist.estimation.options import TrainOptions
-from sbi_dist.estimation.spline import FastLULinear, FastSplineCoupling
+from tests.shipped import as_shipped
 
 SMALL = {"transforms": 3, "hidden_features": 11, "blocks": 2, "bins": 6}
 
@@ -42,39 +40,6 @@ def build(
         for weight in model.parameters():
             weight.add_(spread * torch.randn_like(weight))
     return model.eval()
-
-
-def as_shipped(model: ConditionalFlow) -> nn.Module:
-    """The same flow of nflows' unmodified classes, with the same weights."""
-    flow = copy.deepcopy(model.flow)
-    layers = flow._transform._transforms
-    for number, layer in enumerate(layers):
-        if isinstance(layer, FastLULinear):
-            layers[number] = LULinear(layer.features)
-        elif isinstance(layer, FastSplineCoupling):
-            net = layer.transform_net
-            block = net.blocks[0]
-            mask = torch.zeros(layer.features)
-            mask[layer.transform_features] = 1
-
-            def network(inputs: int, outputs: int, net: Any = net, block: Any = block) -> nn.Module:
-                return ResidualNet(
-                    inputs,
-                    outputs,
-                    hidden_features=net.hidden_features,
-                    context_features=net.context_features,
-                    num_blocks=len(net.blocks),
-                    dropout_probability=block.dropout.p,
-                )
-
-            layers[number] = PiecewiseRationalQuadraticCouplingTransform(
-                mask, network, layer.num_bins, "linear", layer.tail_bound
-            )
-    flow = flow.double().train(model.training)
-    flow.load_state_dict(model.flow.state_dict())
-    kinds = {type(layer) for layer in layers}
-    assert not kinds & {FastLULinear, FastSplineCoupling}
-    return flow
 
 
 def gradients(
