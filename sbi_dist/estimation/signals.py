@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 STOP, PAUSE = "stop", "pause"
-_POLL_S = 0.5
+_POLL_S, _POLL_BUCKET_S = 0.5, 1.0  # where each look is a file's, or a request to a bucket
 _LOOK_TOGETHER_S = 2.0  # takes all workers some 10 ms
 
 NOTHING, CHECKPOINT, FINISH, LEAVE, TOGETHER = range(5)
@@ -93,7 +93,8 @@ class Asked:
             self._thread.join(5.0)
 
     def _poll(self) -> None:
-        while not self._over.wait(_POLL_S):
+        every_s = _POLL_BUCKET_S if self._model.uri.startswith("s3://") else _POLL_S
+        while not self._over.wait(every_s):
             with contextlib.suppress(Exception):  # the store is away; it is asked again
                 if self._model.exists(PAUSE):
                     self._wanted = LEAVE

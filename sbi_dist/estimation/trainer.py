@@ -78,7 +78,8 @@ def train(
     if options.ensemble > 1:
         _combine(jobs, model, about)
     for key in [*model.list("checkpoints/"), *model.list("members/"), STOP]:
-        model.delete(key)
+        if "/tensorboard/" not in key:  # all that is left of the members' own courses
+            model.delete(key)
     return json.loads(model.get(BUNDLE))
 
 
