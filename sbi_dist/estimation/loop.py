@@ -100,7 +100,8 @@ def fit_source(
     Returns:
         The estimator with the weights of the best validation loss, and the history: ``epoch``,
         ``training_loss``, ``validation_loss`` and ``learning_rate`` by epoch (losses in nats, of
-        theta itself), ``best_epoch``, ``best_validation_loss``, ``seconds``, sizes, ``notes``.
+        theta itself), ``best_epoch``, ``best_validation_loss``, ``seconds``, ``input_wait`` (by
+        worker, in seconds), sizes, and ``notes`` on what went wrong.
 
     Raises:
         InputError: too few simulations, or settings that do not fit them.
@@ -203,9 +204,7 @@ class _Training:
         for u, x in self.data.batches(self.epoch, self.step):
             if self.options.dropout:
                 # Another mask in each step, and the same one when it is taken again.
-                torch.manual_seed(
-                    hash((self.options.seed, self.epoch, self.step, self.workers.rank))
-                )
+                torch.manual_seed(hash((self.options.seed, self.epoch, self.step, rank)))
             looking = self.step % look == 0
             signal = self.signals.wanted() if looking and rank == 0 else NOTHING
             rate, averaging = schedule.step()
@@ -247,7 +246,7 @@ class _Training:
         history["learning_rate"].append(rate)
         history["skipped_steps"] += skipped
         self.seconds = self._before + time.monotonic() - self._began
-        history["seconds"] = self.seconds
+        history["seconds"], history["input_wait"] = self.seconds, self._waited
         optimization.loss.zero_()
         optimization.skipped.zero_()
         self.window = 0
