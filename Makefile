@@ -27,7 +27,10 @@ run: $(VENV)/.runtime
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/unit -n auto
-	$(VENV)/bin/python -m pytest tests/ray tests/services tests/gpu
+	@# These wait more than they compute, so that both take little longer than one.
+	@log=$$(mktemp); $(VENV)/bin/python -m pytest tests/services >"$$log" 2>&1 & services=$$!; \
+	status=0; $(VENV)/bin/python -m pytest tests/ray tests/gpu || status=$$?; \
+	wait $$services || status=$$?; cat "$$log"; rm -f "$$log"; exit $$status
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check sbi_dist tests jobs

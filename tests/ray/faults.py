@@ -121,12 +121,14 @@ class Disturbed:
             time.sleep(0.05)
 
     def workers(self) -> list[int]:
-        """Processes that train."""
+        """Processes that train, on the Ray that this driver uses or started."""
+        starter = self.process.pid if self._address is None else os.getpid()
         found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if b"RayTrainWorker" in path.read_bytes():
-                    found.append(int(path.parent.name))
+        for path in Path("/proc").glob("[0-9]*"):
+            pid = int(path.name)
+            # A worker is a child of a raylet, and that of who started Ray.
+            if _trains(pid) and _parent(_parent(pid)) == starter:
+                found.append(pid)
         return found
 
     def kill_workers(self, count: int | None = None) -> None:
@@ -136,15 +138,16 @@ class Disturbed:
         for pid in self._random.sample(there, count or len(there)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._wait(lambda: not set(there) & set(self.workers()), "the end of the others", 60)
+        self._wait(lambda: not any(map(_trains, there)), "the end of the others", 60)
 
     def kill(self) -> None:
         """End the driver itself; its workers end when Ray notices."""
+        there = self.workers()
         self.process.kill()
         self.process.wait()
         assert not self.root.exists(f"model/{BUNDLE}")
         deadline = time.monotonic() + 60
-        while self.workers():
+        while any(map(_trains, there)):
             assert time.monotonic() < deadline, "workers outlived their driver"
             time.sleep(0.1)
         self._start()
@@ -162,6 +165,19 @@ class Disturbed:
         """Wait for the end."""
         _, said = self.process.communicate(timeout=patience_s)
         assert self.process.returncode == 0, said
+
+
+def _trains(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        # Behind the command's name, which may hold anything but this bracket.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 def _interrupt(*_: object) -> None:
