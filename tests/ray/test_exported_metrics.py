@@ -33,11 +33,12 @@ class Scrape:
         found = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                if sample.name.startswith("ray_sbi_"):
+                # Others that use this Ray have models of other names.
+                if sample.name.startswith("ray_sbi_") and sample.labels["model"] == "m":
                     self.kinds[sample.name] = family.type
                     labels = sample.labels
                     key = (sample.name, labels["experiment"], labels.get("rank", ""))
-                    assert key not in found and labels["model"] == "m"
+                    assert key not in found
                     found[key] = sample.value
         return found
 
