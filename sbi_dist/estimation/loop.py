@@ -166,6 +166,7 @@ class _Training:
             "validation_simulations": data.validation,
             "batch_size": data.batch_size,
             "steps": data.steps,
+            "data": data.describe(),
             "skipped_steps": 0,
             "input_wait": [],
             "notes": [],

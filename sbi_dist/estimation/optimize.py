@@ -98,9 +98,7 @@ class Optimization:
             self.workers.add(message)
             gradient.copy_(message[:-2])
             loss, self.signal = message[-2], message[-1]
-        norm = gradient.norm()
-        bad = ~torch.isfinite(norm + loss)
-        gradient.mul_((self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        bad = ~torch.isfinite(self._flat.clip_norm(self.options.clip_norm) + loss)
         # Known to torch's fused optimizers: they leave everything as it is where this is 1.
         self._optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self._optimizer.param_groups[0]["lr"] = rate

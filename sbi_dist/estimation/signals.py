@@ -1,7 +1,7 @@
 """What others ask of a training while it runs: a checkpoint, an end after the epoch, or to leave.
 
 Here are the requests, and how workers hear of them: from objects in the model's folder, and from
-Ray when a machine is about to be taken away. What follows from one is the loop's matter.
+whoever knows that a machine is about to be taken away. What follows from one is the loop's matter.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from sbi_dist.store import ObjectStore
@@ -71,13 +72,18 @@ class Asked:
         model: folder in which an object ``pause`` asks for a checkpoint and the end of the job.
         stop: folder in which an object ``stop`` asks for the end of the training after its epoch.
         first: whether this is the worker of rank 0, which alone looks.
-        in_driver: whether there is no Ray Train worker, which Ray tells of machines that go.
+        going: called on all workers together: whether a machine of theirs is about to be taken
+            away; None where nobody tells of that.
     """
 
     def __init__(
-        self, model: ObjectStore, stop: ObjectStore | None, first: bool, in_driver: bool
+        self,
+        model: ObjectStore,
+        stop: ObjectStore | None,
+        first: bool,
+        going: Callable[[], bool] | None,
     ) -> None:
-        self._model, self._stop, self._first, self._in_driver = model, stop, first, in_driver
+        self._model, self._stop, self._first, self._going = model, stop, first, going
         self._wanted, self._looked, self._told = NOTHING, time.monotonic(), False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
@@ -102,7 +108,7 @@ class Asked:
                     self._wanted = FINISH
 
     def wanted(self) -> int:
-        if self._wanted == NOTHING and not self._in_driver:
+        if self._wanted == NOTHING and self._going is not None:
             now = time.monotonic()
             if now - self._looked >= _LOOK_TOGETHER_S:
                 self._looked = now
@@ -111,9 +117,7 @@ class Asked:
 
     def together(self) -> int:
         """CHECKPOINT once, when a node of the job is about to be taken away."""
-        import ray.train
-
-        if ray.train.get_preemption_info() is None or self._told:
+        if self._going is None or not self._going() or self._told:
             return NOTHING
         self._told = True
         return CHECKPOINT

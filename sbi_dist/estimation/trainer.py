@@ -35,6 +35,7 @@ from sbi_dist.estimation.placement import Placement, place
 from sbi_dist.estimation.signals import PAUSE, STOP, Asked, Leave
 from sbi_dist.estimation.snapshot import METRICS
 from sbi_dist.estimation.workers import Workers
+from sbi_dist.progress import say
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.simulation.failures import frequent_failures
 from sbi_dist.simulation.shard import ShardRecord
@@ -72,9 +73,12 @@ def train(
         return json.loads(model.get(BUNDLE))
     _check_usable(records)
     wanted = place(options)
-    jobs = _jobs(dataset, records, bounds, model, options, about, start, stoppable)
+    stop = model if stoppable else None
+    jobs = _members(_Job(dataset, records, bounds, model, options, about, start, stop))
     with shown(jobs[0].model, show_progress):
         _run(jobs, wanted, max(1, wanted.members(len(jobs))))
+    if show_progress:
+        say(f"train: {json.loads(jobs[0].model.get(METRICS)).get('data', '')}")
     if options.ensemble > 1:
         _combine(jobs, model, about)
     for key in [*model.list("checkpoints/"), *model.list("members/"), STOP]:
@@ -117,32 +121,20 @@ class _Job:
     stop: ObjectStore | None  # where an object `stop` ends it
 
 
-def _jobs(
-    dataset: ObjectStore,
-    records: list[ShardRecord],
-    bounds: tuple[np.ndarray, np.ndarray],
-    model: ObjectStore,
-    options: TrainOptions,
-    about: dict[str, Any],
-    start: ObjectStore | None,
-    stoppable: bool,
-) -> list[_Job]:
-    stop = model if stoppable else None
-    if options.ensemble == 1:
-        return [_Job(dataset, records, bounds, model, options, about, start, stop)]
+def _members(job: _Job) -> list[_Job]:
+    """The jobs of an ensemble's members; the job itself where it is of one estimator."""
+    if job.options.ensemble == 1:
+        return [job]
     return [
-        _Job(
-            dataset,
-            records,
-            bounds,
-            model.child(f"members/{number}"),
+        dataclasses.replace(
+            job,
+            model=job.model.child(f"members/{number}"),
             # Far apart, so that the members of two ensembles are not the same.
-            dataclasses.replace(options, ensemble=1, seed=options.seed + 1_000_003 * number),
-            about,
-            start,
-            stop,
+            options=dataclasses.replace(
+                job.options, ensemble=1, seed=job.options.seed + 1_000_003 * number
+            ),
         )
-        for number in range(options.ensemble)
+        for number in range(job.options.ensemble)
     ]
 
 
@@ -319,7 +311,9 @@ def _fit_and_save(job: _Job, workers: Workers, in_driver: bool) -> None:
             live = stack.enter_context(
                 Live(model, labels, hyperparameters=dataclasses.asdict(options))
             )
-        signals = stack.enter_context(Asked(model, job.stop, workers.rank == 0, in_driver))
+        signals = stack.enter_context(
+            Asked(model, job.stop, workers.rank == 0, None if in_driver else _going)
+        )
         estimator, history = fit_source(
             ShardSource(Dataset(job.dataset), job.records),
             job.bounds,
@@ -338,6 +332,12 @@ def _fit_and_save(job: _Job, workers: Workers, in_driver: bool) -> None:
         model.put(METRICS, json.dumps(history).encode())
         summary = {name: history[name] for name in _SUMMARY}
         save_bundle(model, estimator, {**job.about, "training": summary})
+
+
+def _going() -> bool:
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
 
 
 def _start(start: ObjectStore | None, options: TrainOptions) -> DensityEstimator | None:

@@ -125,7 +125,9 @@ def test_shapes_of_x(x_shape) -> None:
 def same(first: tuple[DensityEstimator, dict], second: tuple[DensityEstimator, dict]) -> bool:
     """All weights bit for bit, and all of the history but its timing."""
     weights = [result[0].flow.state_dict() for result in (first, second)]
-    histories = [{**result[1], "seconds": 0, "input_wait": 0} for result in (first, second)]
+    histories = [
+        {**result[1], "seconds": 0, "input_wait": 0, "data": ""} for result in (first, second)
+    ]
     return histories[0] == histories[1] and all(
         torch.equal(weights[0][name], weights[1][name]) for name in weights[0]
     )
