@@ -195,7 +195,8 @@ def test_seeds(posterior) -> None:
     x = [0.5, 0.5]
     one, two = (posterior.sample((500,), x, seed=seed) for seed in (1, 2))
     assert torch.equal(posterior.sample((500,), x, seed=1), one)
-    assert not torch.isin(one, two).any()
+    # Of a million pairs of float32 numbers a few are equal by chance, of their rows none.
+    assert not (one[:, None] == two).all(dim=-1).any()
     torch.manual_seed(7)
     first, second = posterior.sample((9,), x), posterior.sample((9,), x)
     assert not torch.isin(first, second).any()
