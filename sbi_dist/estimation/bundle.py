@@ -6,6 +6,7 @@ nor Ray, and works on a CPU whatever it was trained on.
 
 One estimator's is of format 1. An ensemble's is of format 2: ``members`` lists each one's
 ``estimator`` and ``standardization``, and its weights are named ``members.<number>.<name>``.
+Either may have ``out_of_distribution``, what observations are compared with.
 """
 
 from __future__ import annotations
@@ -25,12 +26,22 @@ from sbi_dist.errors import InputError
 from sbi_dist.estimation.density_estimator import DensityEstimator
 from sbi_dist.estimation.ensemble import Ensemble, Estimator
 from sbi_dist.estimation.options import TrainOptions
+from sbi_dist.estimation.out_of_distribution import OutOfDistribution
 from sbi_dist.estimation.standardize import Standardization
 from sbi_dist.store import ObjectStore
 
-__all__ = ["BUNDLE", "WEIGHTS", "load_bundle", "save_bundle", "weights_digest"]
+__all__ = [
+    "BUNDLE",
+    "OUT_OF_DISTRIBUTION",
+    "WEIGHTS",
+    "load_bundle",
+    "reference_of",
+    "save_bundle",
+    "weights_digest",
+]
 
 BUNDLE, WEIGHTS = "bundle.json", "weights.safetensors"
+OUT_OF_DISTRIBUTION = "out_of_distribution"
 _ONE, _ENSEMBLE = 1, 2  # formats
 _LARGEST_BUNDLE = 256 * 1024**2
 
@@ -120,6 +131,7 @@ def load_bundle(store: ObjectStore) -> tuple[Estimator, dict[str, Any]]:
                 "train again, or copy the model again"
             )
         estimator = _built(content, weights)
+        reference_of(content, estimator)
     except InputError:
         raise
     except (
@@ -136,6 +148,15 @@ def load_bundle(store: ObjectStore) -> tuple[Estimator, dict[str, Any]]:
             f"{str(error).splitlines()[0] if str(error) else ''})"
         ) from error
     return estimator, content
+
+
+def reference_of(content: dict[str, Any], estimator: Estimator) -> OutOfDistribution | None:
+    """What observations are compared with, by the content of an estimator's ``bundle.json``.
+
+    None where it has none, as those of earlier versions.
+    """
+    data = content.get(OUT_OF_DISTRIBUTION)
+    return None if data is None else OutOfDistribution.from_data(data, estimator)
 
 
 def _built(content: dict[str, Any], weights: bytes) -> Estimator:

@@ -23,14 +23,20 @@ import numpy as np
 import torch
 
 from sbi_dist.errors import InputError, StageError
-from sbi_dist.estimation.bundle import BUNDLE, load_bundle, save_bundle
+from sbi_dist.estimation.bundle import (
+    BUNDLE,
+    OUT_OF_DISTRIBUTION,
+    load_bundle,
+    save_bundle,
+)
 from sbi_dist.estimation.checkpoint import stored_checkpoints
-from sbi_dist.estimation.data import ShardSource
+from sbi_dist.estimation.data import ShardSource, examples
 from sbi_dist.estimation.density_estimator import DensityEstimator
 from sbi_dist.estimation.ensemble import Ensemble
 from sbi_dist.estimation.live import Live, shown
 from sbi_dist.estimation.loop import fit_source
 from sbi_dist.estimation.options import TrainOptions
+from sbi_dist.estimation.out_of_distribution import OutOfDistribution
 from sbi_dist.estimation.placement import Placement, place
 from sbi_dist.estimation.signals import PAUSE, STOP, Asked, Leave
 from sbi_dist.estimation.snapshot import METRICS
@@ -190,7 +196,10 @@ def _combine(jobs: list[_Job], model: ObjectStore, about: dict[str, Any]) -> Non
     summary = {name: histories[0][name] for name in _SUMMARY}
     summary["seconds"] = sum(history["seconds"] for history in histories)
     summary["members"] = losses
-    save_bundle(model, Ensemble(members), {**about, "training": summary})
+    # What x is like is told by the first member's part of the simulations, and of itself.
+    reference = bundles[0][1].get(OUT_OF_DISTRIBUTION)
+    about = {**about, "training": summary, OUT_OF_DISTRIBUTION: reference}
+    save_bundle(model, Ensemble(members), about)
 
 
 def _fit(job: _Job, wanted: Placement) -> None:
@@ -301,6 +310,7 @@ def _work(config: dict[str, Any]) -> None:
 
 def _fit_and_save(job: _Job, workers: Workers, in_driver: bool) -> None:
     model, options = job.model, job.options
+    source = ShardSource(Dataset(job.dataset), job.records)
     with contextlib.ExitStack() as stack:
         live = signals = None
         if workers.rank == 0:
@@ -315,7 +325,7 @@ def _fit_and_save(job: _Job, workers: Workers, in_driver: bool) -> None:
             Asked(model, job.stop, workers.rank == 0, None if in_driver else _going)
         )
         estimator, history = fit_source(
-            ShardSource(Dataset(job.dataset), job.records),
+            source,
             job.bounds,
             options,
             workers,
@@ -329,9 +339,12 @@ def _fit_and_save(job: _Job, workers: Workers, in_driver: bool) -> None:
             if trouble:
                 history["notes"].append(trouble)
     if workers.rank == 0:
+        some = examples(source, options.validation_fraction, options.seed)
+        reference = OutOfDistribution.fit(estimator, *map(torch.from_numpy, some))
         model.put(METRICS, json.dumps(history).encode())
         summary = {name: history[name] for name in _SUMMARY}
-        save_bundle(model, estimator, {**job.about, "training": summary})
+        about = {**job.about, "training": summary, OUT_OF_DISTRIBUTION: reference.to_data()}
+        save_bundle(model, estimator, about)
 
 
 def _going() -> bool:

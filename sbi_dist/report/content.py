@@ -71,6 +71,7 @@ class ObservationFacts:
         true_parameters: (D,) where known.
         observed: (*x_shape) the observation itself, if it is to be checked.
         predictive: (S, *x_shape) simulations from posterior draws.
+        p_value: of the observation among simulations held out from training; None: not known.
     """
 
     observation_id: str
@@ -79,6 +80,7 @@ class ObservationFacts:
     true_parameters: np.ndarray | None = None
     observed: np.ndarray | None = None
     predictive: np.ndarray | None = None
+    p_value: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

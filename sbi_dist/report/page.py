@@ -188,7 +188,10 @@ def _observation(
         "pairplot": None,
         "predictive": None,
         "coverage": [],
+        "typicality": None,
     }
+    if observation.p_value is not None:
+        shown["typicality"], shown["unlike"] = wording.typicality(observation.p_value)
     truth = observation.true_parameters
     try:
         table = posterior_table(observation.draws, content.parameter_names, content.units, truth)

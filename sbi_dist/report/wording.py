@@ -106,6 +106,20 @@ def _truths(usable: Sequence[ObservationFacts]) -> str:
     )
 
 
+def typicality(p_value: float) -> tuple[str, bool]:
+    """How an observation compares with simulations, and whether that is a warning."""
+    shown = f"p = {p_value:.2g}"
+    if p_value < 0.01:
+        return (
+            "The observation is unlike the simulations that the model was trained on "
+            f"({shown}): the simulator may be wrong about it, and the posterior too.",
+            True,
+        )
+    if p_value < 0.05:
+        return f"The observation is at the edge of what was simulated ({shown}).", False
+    return f"The observation is like the simulations ({shown}).", False
+
+
 def coverage_sentences(
     counts: Sequence[tuple[int, int]], names: Sequence[str] | None, draws: int, dropped: int = 0
 ) -> list[str]:

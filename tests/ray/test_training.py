@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.estimation.bundle import load_bundle
 from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.estimation.trainer import train
+from sbi_dist.posterior import Posterior
 from sbi_dist.simulation.shard import Simulations, encode_shard
 from sbi_dist.store import LocalStore
 from tests.ray.conftest import Nodes, wait_until
@@ -44,6 +46,9 @@ def test_killed_workers_and_drivers_are_not_seen_in_the_weights(
     assert weights_of(root) == weights_of(calm)
     history, other = (json.loads(store.get("model/metrics.json")) for store in (root, calm))
     assert history["validation_loss"] == other["validation_loss"]
+    about, other = (json.loads(store.get("model/bundle.json")) for store in (root, calm))
+    assert about["out_of_distribution"] == other["out_of_distribution"]
+    assert about["out_of_distribution"]["simulations"] == history["validation_simulations"]
     assert not list(root.list("model/checkpoints/")) and not list(root.list("model/failed"))
     # 1,200 rows, of which 6 failed; two workers with half of each batch.
     assert history["training_simulations"] + history["validation_simulations"] == 1194
@@ -93,6 +98,9 @@ def test_an_ensemble_trains_side_by_side(ray_session: None, tmp_path: Path) -> N
     root = LocalStore(tmp_path)
     about = fit_in(root, ensemble=2, workers=1, max_epochs=4)
     assert len(about["training"]["members"]) == 2
+    x = torch.tensor([[0.0, 0.0], [30.0, 0.0]])
+    _, p_values = Posterior.from_store(root.child("model")).out_of_distribution(x)
+    assert p_values[0] > 0.5 and p_values[1] < 0.01
     estimator, _ = load_bundle(root.child("model"))
     first, second = estimator.members
     assert not any(
