@@ -45,12 +45,17 @@ def _common(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _infer_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for decorate in (
-        click.option("--output", metavar="URI", help="Folder for the draws, instead of the store."),
+        click.option(
+            "--output",
+            metavar="URI",
+            help="Folder for the results, instead of the store.",
+        ),
         click.option("--num-samples", type=int, metavar="N", help="Draws of each observation."),
         click.option(
             "--observations",
             metavar="FILE",
-            help="Observations (.parquet, .csv, .npy); default: the problem's observed data.",
+            help="Observations, a file or s3://bucket/path (.parquet, .csv, .npy); default: the "
+            "problem's observed data.",
         ),
     ):
         function = decorate(function)

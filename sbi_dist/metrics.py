@@ -32,6 +32,7 @@ class Metric:
 
 
 _BY_RANK = ("experiment", "model", "rank")
+_OF_CATALOG = ("experiment", "catalog")
 
 CATALOGUE: dict[str, Metric] = {
     metric.name: metric
@@ -84,6 +85,42 @@ CATALOGUE: dict[str, Metric] = {
             "sbi_train_restarts_total",
             "counter",
             "Times that a training went on after its workers were lost.",
+        ),
+        Metric(
+            "sbi_infer_observations_total",
+            "counter",
+            "Observations of a catalog whose results were stored, by status.",
+            (*_OF_CATALOG, "status"),
+        ),
+        Metric(
+            "sbi_infer_draws_total",
+            "counter",
+            "Posterior draws whose results were stored.",
+            _OF_CATALOG,
+        ),
+        Metric(
+            "sbi_infer_parts_total",
+            "counter",
+            "Parts of a catalog's results that were stored.",
+            _OF_CATALOG,
+        ),
+        Metric(
+            "sbi_infer_actor_deaths_total",
+            "counter",
+            "Times that an actor was lost while it drew for a part.",
+            _OF_CATALOG,
+        ),
+        Metric(
+            "sbi_infer_observations_per_second",
+            "gauge",
+            "Rate at which results of observations are stored, over the run so far.",
+            _OF_CATALOG,
+        ),
+        Metric(
+            "sbi_infer_seconds_left",
+            "gauge",
+            "Expected time to the end of the catalog.",
+            _OF_CATALOG,
         ),
     )
 }

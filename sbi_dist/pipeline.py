@@ -7,6 +7,7 @@ and the job scripts call these methods; the work is done in the rooms of the sta
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import io
 import json
@@ -16,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from sbi_dist.catalog.infer import MANIFEST, PREDICTIVE, read_draws
+from sbi_dist.catalog.infer import FORMAT, MANIFEST, PREDICTIVE
 from sbi_dist.catalog.infer import infer as infer_catalog
-from sbi_dist.catalog.observations import Catalog, make_catalog, read_catalog
+from sbi_dist.catalog.options import InferOptions
+from sbi_dist.catalog.source import ArraySource, Source, open_catalog
+from sbi_dist.catalog.table import read_draws
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.estimation.bundle import BUNDLE, load_bundle
 from sbi_dist.estimation.snapshot import METRICS
@@ -262,24 +265,42 @@ class Pipeline:
         """Draw from the posterior of the catalog; the folder of the draws and its manifest."""
         model_id, model = self.promoted()
         posterior = Posterior.from_store(model)
-        options = self.experiment.infer
-        catalog = self._catalog(posterior)
-        target = open_store(output) if output else self._draws(catalog, model_id)
+        options, source = self._kept(), self._catalog(posterior)
+        target = (
+            open_store(output, self.experiment.store_patience_s)
+            if output
+            else self._draws(source, model_id)
+        )
         manifest = infer_catalog(
-            posterior, model, catalog, options, target, self.problem, self.address
+            posterior,
+            model,
+            source,
+            options,
+            target,
+            self.problem,
+            self.address,
+            experiment=self.experiment.name,
         )
         if options.observations is None and options.predictive_simulations:
             self._predict(target)
         statuses = ", ".join(f"{count:,} {name}" for name, count in manifest["statuses"].items())
+        kept = {"samples": "", "summary": "summaries of ", "both": "summaries and "}[options.output]
         say(
-            f"infer: {options.num_samples:,} draws for each of {len(catalog.ids):,} observation(s) "
-            f"({statuses}) are in {target.uri}"
+            f"infer: {kept}{options.num_samples:,} draws for each of {len(source):,} "
+            f"observation(s) ({statuses}) are in {target.uri}"
         )
         return target, manifest
 
-    def _draws(self, catalog: Catalog, model_id: str) -> ObjectStore:
+    def _kept(self) -> InferOptions:
+        """The options, with which the draws for the problem's own data are kept."""
+        options = self.experiment.infer
+        if options.observations is None and not options.keeps_draws:
+            return dataclasses.replace(options, output="both")
+        return options
+
+    def _draws(self, catalog: Source, model_id: str) -> ObjectStore:
         """Folder of a catalog's draws; another number or seed of draws is another folder."""
-        chosen = self.experiment.infer.outcome()
+        chosen = self._kept().outcome()
         default = type(self.experiment.infer)().outcome()
         suffix = "" if chosen == default else f"-{digest(chosen, 6)}"
         return self.store.child(f"posteriors/{catalog.name}{suffix}-{model_id}")
@@ -310,10 +331,10 @@ class Pipeline:
             )
         return self.store.child(f"posteriors/{others[0]}")
 
-    def _catalog(self, posterior: Posterior) -> Catalog:
+    def _catalog(self, posterior: Posterior) -> Source:
         path = self.experiment.infer.observations
         if path is not None:
-            return read_catalog(path, posterior.x_shape)
+            return open_catalog(path, posterior.x_shape, self.experiment.store_patience_s)
         if self.problem.observed is None:
             raise InputError(
                 "infer: the problem has no observed data; give --observations FILE, or "
@@ -324,15 +345,15 @@ class Pipeline:
             raise InputError(
                 f"problem.observed has shape {observed.shape}; the model takes {posterior.x_shape}"
             )
-        name = f"observed-{digest(observed.tolist(), 8)}"
-        return make_catalog(name, ["observed"], observed[None])
+        name = f"observed-{digest([FORMAT, observed.tolist()], 8)}"
+        return ArraySource.of(name, observed[None], ["observed"])
 
     def _predict(self, target: ObjectStore) -> None:
         """Simulate from posterior draws of the observed data, for the predictive check."""
         if target.exists(PREDICTIVE):
             return
         options = self.experiment.infer
-        draws = read_draws(target, 1).draws[0]
+        draws = read_draws(target, 1, ["draws"]).draws[0]
         chosen = np.linspace(0, len(draws) - 1, options.predictive_simulations).astype(int)
         x = simulate_predictive(
             self.problem, draws[chosen], options.seed, self.experiment.simulate.timeout_s

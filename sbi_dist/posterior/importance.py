@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributions import Distribution
 
+from sbi_dist.posterior.observation import as_observations
 from sbi_dist.posterior.posterior import Posterior
 
-__all__ = ["Weighted", "importance_sample"]
+__all__ = ["Weighted", "importance_sample", "weigh"]
 
 _CHUNK = 50_000
 
@@ -30,11 +32,13 @@ class Weighted:
 
     Attributes:
         draws: (num_samples, D) float32, resampled by weight.
+        best: (D,) float32, the draw of highest p(x | theta) p(theta).
         effective_sample_size: (sum w)^2 / sum w^2 of the weighted draws.
         log_evidence: log of the mean weight, an estimate of log p(x).
     """
 
     draws: np.ndarray
+    best: np.ndarray
     effective_sample_size: float
     log_evidence: float
 
@@ -52,34 +56,61 @@ def importance_sample(
 
     Args:
         posterior: q.
+        x: one observation.
+        proposals: how many to weigh.
+        seed: of the draws, and as in :func:`weigh`, which has the other arguments.
+    """
+    observation = as_observations(x, posterior.x_shape)
+    theta, log_q = posterior.draws(observation, proposals, seed, with_log_prob=True)
+    assert log_q is not None
+    observed = observation[0].numpy()
+    return weigh(theta[0], log_q[0], log_likelihood, prior, observed, num_samples, seed)
+
+
+def weigh(
+    theta: Tensor,
+    log_q: Tensor,
+    log_likelihood: Callable[..., Any],
+    prior: Distribution,
+    x: np.ndarray,
+    num_samples: int,
+    seed: int,
+) -> Weighted:
+    """Weigh draws of q for one observation; resample ``num_samples`` of them.
+
+    Args:
+        theta: the draws, float32 of shape (N, D).
+        log_q: log q(theta | x), float32 of shape (N,).
         log_likelihood: log p(x | theta) for numpy theta (N, D) and x of x_shape, giving (N,).
         prior: p(theta); only its part inside q's support is seen.
-        x: one observation.
-        num_samples, proposals: how many to give back, and to weigh.
-        seed: of the draws and of the resampling (systematic, so of least variance).
+        x: the observation, of x_shape.
+        num_samples: how many to give back.
+        seed: of the resampling (systematic, so of least variance).
     """
-    theta = posterior.sample((proposals,), x, seed=seed)
-    observation = np.asarray(x, dtype=np.float64).reshape(posterior.x_shape)
-    log_weights = np.empty(proposals)
-    for start in range(0, proposals, _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        chunk = theta[rows]
+    observation = np.asarray(x, dtype=np.float64)
+    count = len(theta)
+    log_target = np.empty(count)
+    for start in range(0, count, _CHUNK):
+        chunk = theta[start : start + _CHUNK]
         likelihood = np.asarray(log_likelihood(chunk.double().numpy(), observation), dtype=float)
-        log_ratio = prior.log_prob(chunk) - posterior.log_prob(chunk, x)
-        log_weights[rows] = likelihood + log_ratio.double().numpy()
+        log_target[start : start + _CHUNK] = likelihood + prior.log_prob(chunk).double().numpy()
+    log_weights = log_target - log_q.double().numpy()
     # A likelihood that is NaN for some theta is no evidence for it.
-    log_weights[~np.isfinite(log_weights)] = -math.inf
+    unlikely = ~np.isfinite(log_weights)
+    log_weights[unlikely] = log_target[unlikely] = -math.inf
     largest = float(log_weights.max())
     if not math.isfinite(largest):
-        return Weighted(theta[:num_samples].numpy(), 0.0, -math.inf)
+        best = theta[int(log_q.nan_to_num(nan=-math.inf).argmax())]
+        return Weighted(theta[:num_samples].numpy(), best.numpy(), 0.0, -math.inf)
     weights = np.exp(log_weights - largest)
     total = weights.sum()
     generator = np.random.Generator(np.random.Philox(key=seed))
     levels = (np.arange(num_samples) + generator.random()) / num_samples
-    chosen = np.searchsorted(np.cumsum(weights) / total, levels).clip(max=proposals - 1)
+    chosen = np.searchsorted(np.cumsum(weights) / total, levels).clip(max=count - 1)
     generator.shuffle(chosen)
     return Weighted(
         draws=theta[torch.from_numpy(chosen)].numpy(),
+        best=theta[int(log_target.argmax())].numpy(),
         effective_sample_size=float(total**2 / (weights**2).sum()),
-        log_evidence=largest + math.log(total / proposals),
+        log_evidence=largest + math.log(total / count),
     )

@@ -6,12 +6,15 @@ import dataclasses
 import datetime
 import io
 import json
+import math
 from typing import Any
 
 import numpy as np
 import torch
 
-from sbi_dist.catalog.infer import LEAST_SAMPLE_SIZE, MANIFEST, PREDICTIVE, read_draws
+from sbi_dist.catalog.draw import LEAST_SAMPLE_SIZE
+from sbi_dist.catalog.infer import MANIFEST, PREDICTIVE
+from sbi_dist.catalog.table import read_draws
 from sbi_dist.estimation.snapshot import METRICS
 from sbi_dist.experiment import Experiment
 from sbi_dist.posterior.posterior import Posterior
@@ -40,6 +43,7 @@ __all__ = ["Finished", "write_report"]
 
 _ESTIMATORS = {"nsf": "neural spline flow", "maf": "masked autoregressive flow"}
 _OBSERVATIONS = 6
+_DRAWN = ("ok", "low_ess")  # statuses of an observation with draws
 _PRIOR_DRAWS = 20_000
 
 
@@ -61,9 +65,9 @@ def write_report(finished: Finished) -> tuple[ObjectStore, str]:
     target = finished.store.child("report")
     for name, data in render(content, max_observations=_OBSERVATIONS).items():
         target.put(name, data)
-    shown = next((each for each in content.observations if each.status != "nonfinite"), None)
+    shown = next((each for each in content.observations if each.status in _DRAWN), None)
     if shown is None:
-        return target, "no observation has a posterior"
+        return target, "no draws of an observation are kept that has a posterior"
     rows = posterior_table(
         shown.draws, list(content.parameter_names), content.units, shown.true_parameters
     )
@@ -92,7 +96,7 @@ def _content(finished: Finished) -> ReportContent:
             f"({'; '.join(describe(trained_prior))}). It is valid for these data, not for others."
         )
     notes += [f"While the model was trained: {note}." for note in history.get("notes", [])]
-    notes += _weighting_notes(finished.draws)
+    notes += _weighting_notes(finished.draws) + _summary_notes(finished.draws)
     description = "\n\n".join(part for part in (problem.title, problem.description) if part)
     axis = problem.axis
     return ReportContent(
@@ -113,7 +117,7 @@ def _content(finished: Finished) -> ReportContent:
             history=history,
             validation_loss=history["best_validation_loss"],
         ),
-        observations=_observations(problem, finished.draws),
+        observations=_observations(problem, finished.draws, posterior),
         axes=PredictiveAxes()
         if axis is None
         else PredictiveAxes(
@@ -206,10 +210,30 @@ def _weighting_notes(target: ObjectStore) -> list[str]:
     ]
 
 
-def _observations(problem: Problem, target: ObjectStore) -> list[ObservationFacts]:
+def _summary_notes(target: ObjectStore) -> list[str]:
+    """That there are no draws to show, where only summaries were kept."""
+    manifest = json.loads(target.get(MANIFEST))
+    if manifest["output"] != "summary":
+        return []
+    return [
+        f"The posteriors of {manifest['observations']:,} observations are kept as summaries in "
+        f"{target.uri}, without draws to show here."
+    ]
+
+
+def _observations(
+    problem: Problem, target: ObjectStore, posterior: Posterior
+) -> list[ObservationFacts]:
     manifest = json.loads(target.get(MANIFEST))
     of_problem = manifest["catalog"].startswith("observed-")
+    p_value = None
+    if of_problem:
+        observed = torch.as_tensor(np.asarray(problem.observed, dtype=np.float32))
+        found = float(posterior.out_of_distribution(observed[None])[1][0])
+        p_value = None if math.isnan(found) else found
     read = read_draws(target, _OBSERVATIONS + 1)
+    if "draws" not in read.columns:
+        return []
     facts = []
     for number, (name, status) in enumerate(zip(read.ids, read.statuses, strict=True)):
         predictive = None
@@ -223,6 +247,7 @@ def _observations(problem: Problem, target: ObjectStore) -> list[ObservationFact
                 true_parameters=problem.true_parameters if of_problem else None,
                 observed=problem.observed if of_problem else None,
                 predictive=predictive,
+                p_value=p_value,
             )
         )
     return facts

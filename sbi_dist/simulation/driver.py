@@ -18,7 +18,7 @@ from sbi_dist.errors import InputError, StageError
 from sbi_dist.problem import Problem
 from sbi_dist.progress import Progress, say
 from sbi_dist.simulation import log
-from sbi_dist.simulation.actor import Answer, Piece
+from sbi_dist.simulation.actor import Answer, Piece, SimulatorActor
 from sbi_dist.simulation.backlog import Backlog
 from sbi_dist.simulation.dataset import Dataset, Stored
 from sbi_dist.simulation.failures import Failures
@@ -128,7 +128,8 @@ class _Run:
         self.log = log.DriverLog(dataset.store, options.num_simulations)
         about = {key: manifest[key] for key in manifest if key not in ("extent", "columns")}
         self.pool = ActorPool(
-            options,
+            "simulate",
+            SimulatorActor,
             (
                 ray.put(ship(problem, "problem", problem)),
                 ray.put(ship(problem.simulator, "problem.simulator", problem)),
@@ -137,6 +138,10 @@ class _Run:
                 about,
                 options,
             ),
+            options.resources(),
+            options.actors,
+            options.autoscale,
+            pairs=("simulate", "surrender"),
         )
 
     def finish(self, left_s: float | None, show_progress: bool, stop: threading.Event) -> None:

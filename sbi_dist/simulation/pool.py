@@ -1,17 +1,16 @@
-"""The simulator actors on Ray: as many as there is work and room for, replaced when they die."""
+"""The actors of a stage on Ray: as many as there is work and room for, replaced when they die."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
+from collections.abc import Collection
 from typing import Any
 
 from sbi_dist.errors import StageError
 from sbi_dist.progress import say
 from sbi_dist.session import capacity, require
-from sbi_dist.simulation.actor import Piece, SimulatorActor
-from sbi_dist.simulation.options import SimulateOptions
 
 __all__ = ["Actor", "ActorPool", "Call", "deaths"]
 
@@ -29,7 +28,7 @@ class Call:
 
     actor: Actor
     method: str
-    piece: Piece | None = None
+    piece: Any = None  # what it works on
     rows: Any = None  # reference to the rows that it returns
     since: float = dataclasses.field(default_factory=time.monotonic)
     cancelled: bool = False
@@ -37,11 +36,11 @@ class Call:
 
 @dataclasses.dataclass(eq=False)
 class Actor:
-    """A simulator actor that is alive."""
+    """An actor that is alive."""
 
     handle: Any
     calls: dict[Any, Call] = dataclasses.field(default_factory=dict)
-    writing: list[Piece] = dataclasses.field(default_factory=list)
+    writing: list[Any] = dataclasses.field(default_factory=list)
     retiring: bool = False
     idle_since: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -68,20 +67,37 @@ class ActorPool:
     """Starts and ends actors.
 
     Args:
-        options: the stage's options.
-        arguments: of the actor class.
+        stage: its name, which its options are under.
+        kind: the class that actors are made of; its method ``ready`` returns when one can work.
+        arguments: of the class.
+        resources: what one actor takes, by Ray's names.
+        actors: how many at most; default: as many as there is room for.
+        autoscale: whether to ask for more than there is room for.
+        pairs: methods that return a second value, which stays where it is.
+
+    Raises:
+        InputError: the cluster has no room for the actors.
     """
 
-    def __init__(self, options: SimulateOptions, arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        stage: str,
+        kind: type,
+        arguments: tuple[Any, ...],
+        resources: dict[str, float],
+        actors: int | None = None,
+        autoscale: bool = False,
+        pairs: Collection[str] = (),
+    ) -> None:
         import ray
 
-        self._options, self._arguments = options, arguments
-        resources = options.resources()
+        self._stage, self._arguments, self._pairs = stage, arguments, pairs
+        self._most_actors, self._autoscale = actors, autoscale
         self._resources = dict(resources)
-        if not options.autoscale:
-            count = options.actors or 1
-            field = "simulate.actors" if options.actors else "an actor of the simulate stage"
-            require(resources, count, field)
+        if not autoscale:
+            field = f"{stage}.actors" if actors else f"an actor of the {stage} stage"
+            require(resources, actors or 1, field)
+        resources = dict(resources)
         cpus, gpus = resources.pop("CPU", 0), resources.pop("GPU", 0)
         memory = int(resources.pop("memory", 0)) or None
         self._class = ray.remote(
@@ -91,7 +107,7 @@ class ActorPool:
             resources=resources or None,
             max_restarts=0,
             scheduling_strategy="SPREAD",
-        )(SimulatorActor)
+        )(kind)
         self.actors: list[Actor] = []
         self.starting: dict[Any, Any] = {}  # reference to its being ready -> handle
         self._limit = 0
@@ -116,14 +132,13 @@ class ActorPool:
         if not self.actors and self.starting and now - self._said > _SAY_EVERY_S:
             self._said = now
             wanted = ", ".join(f"{amount:g} {name}" for name, amount in self._resources.items())
-            say(f"simulate: waiting for the cluster to have {wanted} free for an actor")
+            say(f"{self._stage}: waiting for the cluster to have {wanted} free for an actor")
 
     def _most(self, useful: int) -> int:
-        options = self._options
-        if options.autoscale:
-            return options.actors or useful
+        if self._autoscale:
+            return self._most_actors or useful
         # At least one, that waits for a node to come back.
-        return min(max(1, capacity(self._resources)), options.actors or useful)
+        return min(max(1, capacity(self._resources)), self._most_actors or useful)
 
     def started(self, reference: Any) -> None:
         """An actor's ``ready`` call has ended.
@@ -140,14 +155,14 @@ class ActorPool:
             if "creation task" in str(error):
                 reason = [line for line in str(error).splitlines() if line.strip()][-1].strip()
                 raise StageError(
-                    f"simulate: the actors can't load the problem ({reason})"
+                    f"{self._stage}: the actors can't load what they need ({reason})"
                 ) from error
             # Its node is gone; another one is started.
             self._lost_at_start += 1
             if self._lost_at_start >= _MOST_LOST_AT_START:
                 raise StageError(
-                    f"simulate: {self._lost_at_start} actors died one after the other while they "
-                    f"started ({error}); the finished shards are kept, run the command again"
+                    f"{self._stage}: {self._lost_at_start} actors died one after the other while "
+                    f"they started ({error}); what is finished is kept, run the command again"
                 ) from error
             return
         self._lost_at_start = 0
@@ -156,8 +171,9 @@ class ActorPool:
     def call(self, actor: Actor, method: str, *arguments: Any, **call: Any) -> Any:
         """Call a method of an actor; a reference to its answer."""
         remote = getattr(actor.handle, method)
-        references = remote.options(num_returns=_RETURNS[method]).remote(*arguments)
-        answer, rows = references if _RETURNS[method] == 2 else (references, None)
+        paired = method in self._pairs
+        references = remote.options(num_returns=2 if paired else 1).remote(*arguments)
+        answer, rows = references if paired else (references, None)
         actor.calls[answer] = Call(actor, method, rows=rows, **call)
         return answer
 
@@ -184,6 +200,3 @@ class ActorPool:
         import ray
 
         ray.kill(handle)
-
-
-_RETURNS = {"simulate": 2, "surrender": 2, "flush": 1, "assemble": 1}

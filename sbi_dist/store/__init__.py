@@ -62,6 +62,13 @@ class ObjectStore(Protocol):
 
     def exists(self, key: str) -> bool: ...
 
+    def identity(self, key: str) -> tuple[int, str]:
+        """Bytes of the object, and a tag that is another one when it was replaced or changed.
+
+        ``KeyError`` where there is no object.
+        """
+        ...
+
     def list(self, prefix: str = "") -> Iterator[str]:
         """Keys that start with ``prefix``, in order, of all levels."""
         ...

@@ -6,6 +6,7 @@ import builtins
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -119,6 +120,18 @@ class LocalStore:
             return self._path(key).is_file()
         except OSError as error:
             raise self._unreadable(key, error) from error
+
+    def identity(self, key: str) -> tuple[int, str]:
+        """By the time of the last change, as content that is never read costs nothing."""
+        try:
+            about = self._path(key).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise KeyError(key) from None
+        except OSError as error:
+            raise self._unreadable(key, error) from error
+        if not stat.S_ISREG(about.st_mode):
+            raise KeyError(key)
+        return about.st_size, str(about.st_mtime_ns)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         folder = self.root / prefix.rpartition("/")[0]

@@ -220,6 +220,26 @@ class S3Store:
 
         return self._ask("read", key, attempt)
 
+    def identity(self, key: str) -> tuple[int, str]:
+        """By the server's ETag."""
+        name = self._name(key)
+
+        def attempt(link: Link) -> tuple[int, str]:
+            # A byte is asked for, see _is_by.
+            try:
+                answer = link.client.get_object(Bucket=self.bucket, Key=name, Range="bytes=0-0")
+            except _client_error() as error:
+                if _code(error) in _NO_RANGE:
+                    return 0, "empty"
+                raise
+            data = _body(answer)
+            got = re.fullmatch(r"bytes 0-0/(\d+)", answer.get("ContentRange") or "")
+            if not answer.get("ETag"):
+                raise Transient("answer cut off")
+            return len(data) if got is None else int(got[1]), answer["ETag"].strip('"')
+
+        return self._ask("read", key, attempt)
+
     def _head(self, link: Link, name: str) -> dict[str, str] | None:
         """An object's metadata, or None where there is no such object."""
         try:

@@ -85,7 +85,10 @@ def test_run_then_each_stage_finds_its_work_done(
     assert "<html" in page and "data:image/png;base64" in page
     part = next(root.glob("posteriors/observed-*/part-000000.parquet"))
     table = pq.read_table(part)
-    assert table.column_names == ["observation_id", "status", "effective_sample_size", "draws"]
+    assert table.column_names == [
+        "observation_id", "status", "effective_sample_size", "log_evidence",
+        "out_of_distribution", "out_of_distribution_p", "draws",
+    ]  # fmt: skip
     draws = table["draws"].combine_chunks().to_numpy_ndarray()
     assert draws.shape == (1, 500, 2) and np.isfinite(draws).all()
     assert (draws >= [-1, 0]).all() and (draws <= [1, 2]).all()
@@ -140,6 +143,34 @@ def test_infer_reads_files_and_gives_bad_rows_a_status(
     assert np.array_equal(npy, csv, equal_nan=True)
 
 
+def test_summaries_of_a_catalog(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], sbi_dist: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    np.save(tmp_path / "rows.npy", [[0.1, 1.0], [np.nan, 0.0]])
+    chosen = ["--set", "infer.output=summary", "--set", "infer.observations=rows.npy"]
+    result = sbi_dist("infer", "experiment.yaml", *chosen)
+    said(result, 0)
+    assert (
+        "summaries of 500 draws for each of 2 observation(s) (1 nonfinite, 1 ok)" in result.stderr
+    )
+    table = pq.read_table(f"{result.stdout.strip()}/part-000000.parquet")
+    assert "draws" not in table.column_names
+    mean = table["mean"].combine_chunks().to_numpy_ndarray()
+    draws = Posterior.load(str(tmp_path / "runs/experiment")).sample((500,), [0.1, 1.0], seed=0)
+    assert np.allclose(mean[0], draws.mean(0), atol=1e-5) and np.isnan(mean[1]).all()
+    # There is nothing to draw, but all else of the report.
+    result = sbi_dist("report", "experiment.yaml", *chosen)
+    said(result, 0)
+    page = (tmp_path / "runs/experiment/report/index.html").read_text()
+    assert "The posteriors of 2 observations are kept as summaries in" in page
+    # The problem's own data keep their draws.
+    result = sbi_dist("infer", "experiment.yaml", "--set", "infer.output=summary")
+    said(result, 0)
+    names = pq.read_table(f"{result.stdout.strip()}/part-000000.parquet").column_names
+    assert "draws" in names and "mean" in names
+
+
 def test_run_without_observed_data_ends_with_a_model(sbi_dist: Run, tmp_path: Path) -> None:
     source = FAST.replace("observed=[0.1, 1.0]", "")
     write_experiment(tmp_path, source, num_simulations=60)
@@ -153,10 +184,11 @@ def test_run_without_observed_data_ends_with_a_model(sbi_dist: Run, tmp_path: Pa
 def test_catalog_of_many_parts_equals_one_batch(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sbi_dist.catalog import infer as module
-    from sbi_dist.catalog.infer import infer, read_draws
-    from sbi_dist.catalog.observations import make_catalog
+    from sbi_dist.catalog import plan
+    from sbi_dist.catalog.infer import infer
     from sbi_dist.catalog.options import InferOptions
+    from sbi_dist.catalog.source import ArraySource
+    from sbi_dist.catalog.table import read_draws
     from sbi_dist.estimation.bundle import save_bundle
     from sbi_dist.npe import NPE
     from sbi_dist.priors import BoxUniform
@@ -171,14 +203,14 @@ def test_catalog_of_many_parts_equals_one_batch(
     model = LocalStore(tmp_path / "model")
     save_bundle(model, estimator, {"parameter_names": ["a", "b"], "prior": {"kind": "opaque"}})
     posterior = Posterior.from_store(model)
-    catalog = make_catalog("many", [str(i) for i in range(300)], x)
-    monkeypatch.setattr(module, "_PART_BYTES", 100 * 1000 * 2 * 4)
+    catalog = ArraySource.of("many", x)
+    monkeypatch.setattr(plan, "_PART_BYTES", 100 * 1000 * 2 * 4)
     options = InferOptions(num_samples=1000, seed=3)
     target = LocalStore(tmp_path / "draws")
     manifest = infer(posterior, model, catalog, options, target, show_progress=False)
     assert manifest["rows_per_part"] == 100 and len(list(target.list("part-"))) == 3
     read = read_draws(target)
-    assert read.ids == catalog.ids
+    assert read.ids == [str(i) for i in range(300)]
     some = [0, 150, 299]
     expected = posterior.sample_batched((1000,), x[some], seed=3).transpose(0, 1).numpy()
     assert np.allclose(read.draws[some], expected, atol=1e-5)

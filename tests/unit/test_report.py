@@ -716,6 +716,21 @@ def test_page_states_the_results(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.usefixtures("blank_pictures")
+def test_page_says_whether_an_observation_is_like_the_simulations(rng: np.random.Generator) -> None:
+    for p_value, words, warned in (
+        (0.432, "The observation is like the simulations (p = 0.43).", False),
+        (0.02, "The observation is at the edge of what was simulated (p = 0.02).", False),
+        (0.001, "The observation is unlike the simulations", True),
+        (None, "", False),
+    ):
+        observations = [ObservationFacts("x", rng.normal(size=(400, 2)), p_value=p_value)]
+        html = report.render(make_content(rng, observations=observations))["index.html"].decode()
+        assert words in normalised(Page(html))
+        assert ("The observation is" in html) == (p_value is not None)
+        assert ('<p class="problem">The observation is' in html) == warned
+
+
+@pytest.mark.usefixtures("blank_pictures")
 def test_page_passes_units_and_bounds_to_the_pair_plot(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

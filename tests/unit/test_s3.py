@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from sbi_dist.catalog.observations import read_catalog
+from sbi_dist.catalog.source import open_catalog
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.store import S3Store, open_store, s3, s3_client, s3_retry
 
@@ -304,6 +304,23 @@ def test_ranges(store, server) -> None:
     server.answers = [xml("NoSuchKey", 404)]
     with pytest.raises(KeyError):
         store.get_range("k", 2, 3)
+
+
+def test_identities(store, server) -> None:
+    def first(tag: str | None, cut: int = 0) -> Answer:
+        etag = {} if tag is None else {"ETag": f'"{tag}"'}
+        return Answer(206, {"Content-Range": "bytes 0-0/7", **etag}, b"c", cut)
+
+    server.answers = [first(None), first("e", cut=1), LOST, first("e")]
+    assert store.identity("k") == (7, "e")
+    assert [r.headers["range"] for r in server.requests] == ["bytes=0-0"] * 4
+    server.answers = [Answer(200, {"ETag": '"e"'}, b"content")]  # that knows no ranges
+    assert store.identity("k") == (7, "e")
+    server.answers = [xml("InvalidRange", 416)]
+    assert store.identity("k")[0] == 0
+    server.answers = [xml("NoSuchKey", 404)]
+    with pytest.raises(KeyError):
+        store.identity("k")
 
 
 def waits(monkeypatch, server, store, *answers: Answer) -> list[float]:
@@ -889,9 +906,12 @@ def test_a_completion_whose_answer_was_lost(store, server, small_parts, again) -
 
 
 def test_a_catalog_in_a_bucket(server) -> None:
-    server.answers = [Answer(body=b"a,b\n1,2\n3,4\n")]
-    catalog = read_catalog("s3://bucket/some folder/obs.csv", (2,))
-    assert catalog.x.tolist() == [[1, 2], [3, 4]] and catalog.name.startswith("obs-")
+    content = b"a,b\n1,2\n3,4\n"
+    size = {"Content-Range": f"bytes 0-0/{len(content)}", "ETag": '"e"'}
+    whole = {"Content-Range": f"bytes 0-{len(content) - 1}/{len(content)}"}
+    server.answers = [Answer(206, size, b"a"), Answer(206, whole, content)]
+    catalog = open_catalog("s3://bucket/some folder/obs.csv", (2,))
+    assert catalog.read(0, 2).x.tolist() == [[1, 2], [3, 4]] and catalog.name.startswith("obs-")
     assert server.requests[0].path == "/bucket/some%20folder/obs.csv"
     for uri, words in (
         ("s3://bucket/none.csv", "there is no such object"),
@@ -901,4 +921,4 @@ def test_a_catalog_in_a_bucket(server) -> None:
     ):
         server.answers = [xml("NoSuchKey", 404)]
         with pytest.raises(InputError, match=rf"--observations {uri}: .*({words})"):
-            read_catalog(uri, (2,))
+            open_catalog(uri, (2,))

@@ -11,6 +11,7 @@ import itertools
 import os
 import pickle
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,22 @@ def test_get_range(any_store) -> None:
         assert any_store.get_range("empty", start, length) == b""
         with pytest.raises(KeyError, match="none"):
             any_store.get_range("none", start, length)
+
+
+def test_identity(any_store) -> None:
+    store = any_store
+    with pytest.raises(KeyError):
+        store.identity("of/k")
+    store.put("of/k", b"abc")
+    with pytest.raises(KeyError):
+        store.identity("of")
+    first = store.identity("of/k")
+    assert first == store.identity("of/k") and first[0] == 3
+    time.sleep(0.02)  # longer than between two ticks of a file system's clock
+    store.put("of/k", b"abd")
+    assert store.identity("of/k") != first and store.identity("of/k")[0] == 3
+    store.put("of/k", b"")
+    assert store.identity("of/k")[0] == 0
 
 
 def test_put_if_absent(any_store) -> None:
