@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbi_dist.soft_uniform import SoftQuantile, soft_cdf, soft_log_density
+from sbi_dist.soft_uniform import SoftQuantile, soft_log_density, soft_tail
 
 __all__ = ["SupportBijection", "matched_softness"]
 
@@ -58,13 +58,19 @@ class SupportBijection:
         used = self.softness[self._components.box]
         if not bool(((used > 0) & torch.isfinite(used)).all()):
             raise ValueError(f"softness is {used.tolist()}; it must be positive and finite")
-        self._on_device = {torch.device("cpu"): self._components}
+        self._converted = {(torch.device("cpu"), torch.float64): self._components}
+        self._bounds: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._quantiles: dict[torch.device, SoftQuantile] = {}
 
-    def _on(self, device: torch.device) -> _Components:
-        if device not in self._on_device:
-            self._on_device[device] = self._components.to(device)
-        return self._on_device[device]
+    def _on(self, device: torch.device, dtype: torch.dtype = torch.float64) -> _Components:
+        if (device, dtype) not in self._converted:
+            self._converted[device, dtype] = self._components.to(device, dtype)
+        return self._converted[device, dtype]
+
+    def _representable(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if (device, dtype) not in self._bounds:
+            self._bounds[device, dtype] = self._on(device).representable_bounds(dtype)
+        return self._bounds[device, dtype]
 
     def _quantile(self, device: torch.device) -> SoftQuantile:
         if device not in self._quantiles:
@@ -122,22 +128,24 @@ class SupportBijection:
         return z
 
     def constrain(self, z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """theta of z (..., D), in ``dtype`` (default z's); always inside the support's closure."""
+        """theta of z (..., D), in ``dtype`` (default z's); always inside the support's closure.
+
+        Computed in z's dtype, float32 or float64. The distance from the nearer edge has that
+        dtype's relative precision.
+        """
         dtype = dtype or z.dtype
-        z = z.to(torch.float64)
-        on = self._on(z.device)
+        on = self._on(z.device, z.dtype)
         if on.only_box:
-            theta = on.low + on.width * soft_cdf(z, on.softness)
+            theta = on.of_box(z)
         else:
             theta = z.clone()
         if on.box.numel() and not on.only_box:
-            unit = soft_cdf(z[..., on.box], on.softness)
-            theta[..., on.box] = on.low[on.box] + on.width * unit
+            theta[..., on.box] = on.of_box(z[..., on.box])
         if on.above.numel():
             theta[..., on.above] = on.low[on.above] + z[..., on.above].exp()
         if on.below.numel():
             theta[..., on.below] = on.high[on.below] - (-z[..., on.below]).exp()
-        return theta.to(dtype).clamp(*on.representable_bounds(dtype))
+        return theta.to(dtype).clamp(*self._representable(z.device, dtype))
 
     def log_det(self, z: Tensor) -> Tensor:
         """log |d theta / d z| summed over components, float64 of shape (...)."""
@@ -167,11 +175,18 @@ class _Components:
         # Of the components with two bounds alone.
         self.width, self.softness = (high - low)[self.box], softness[self.box]
 
-    def to(self, device: torch.device) -> _Components:
+    def to(self, device: torch.device, dtype: torch.dtype) -> _Components:
         moved = _Components.__new__(_Components)
         for name, value in vars(self).items():
-            setattr(moved, name, value.to(device) if isinstance(value, Tensor) else value)
+            if isinstance(value, Tensor):
+                value = value.to(device, dtype if value.is_floating_point() else None)
+            setattr(moved, name, value)
         return moved
+
+    def of_box(self, z: Tensor) -> Tensor:
+        """theta of the components with two bounds, from the edge that is nearer."""
+        distance = self.width * soft_tail(z, self.softness)
+        return torch.where(z > 0, self.high[self.box] - distance, self.low[self.box] + distance)
 
     def representable_bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The outermost finite numbers of a dtype inside the support."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr
 
-__all__ = ["SoftQuantile", "soft_cdf", "soft_log_density"]
+__all__ = ["SoftQuantile", "soft_cdf", "soft_log_density", "soft_tail"]
 
 _TAIL = 7.0  # softnesses beyond the edge at which float64 can tell the image from the edge
 # Softnesses beyond the edge up to which the normal's distribution function itself is used; it
@@ -36,12 +36,19 @@ def _integral_of_ndtr(t: Tensor) -> Tensor:
     return t * cdf + torch.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)
 
 
+def soft_tail(z: Tensor, s: Tensor) -> Tensor:
+    """P(U + s N <= -|z|), for z (..., K) and s (K,) of one dtype; at most 1/2.
+
+    By the distribution's symmetry this gives either half without cancellation.
+    """
+    lower = -z.abs()
+    return 0.5 * s * (_integral_of_ndtr((lower + 1) / s) - _integral_of_ndtr((lower - 1) / s))
+
+
 def soft_cdf(z: Tensor, s: Tensor) -> Tensor:
     """P(U + s N <= z), for float64 z (..., K) and s (K,)."""
-    # By symmetry computed on the lower half, where no cancellation occurs.
-    lower = -z.abs()
-    cdf = 0.5 * s * (_integral_of_ndtr((lower + 1) / s) - _integral_of_ndtr((lower - 1) / s))
-    return torch.where(z > 0, 1 - cdf, cdf)
+    tail = soft_tail(z, s)
+    return torch.where(z > 0, 1 - tail, tail)
 
 
 def soft_log_density(z: Tensor, s: Tensor) -> Tensor:

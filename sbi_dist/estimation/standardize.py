@@ -188,9 +188,14 @@ class Standardization:
         return (z - self.theta_mean).div_(self.theta_sd).float()
 
     def theta(self, u: Tensor) -> Tensor:
-        """theta (..., D) float32, inside the support, for u (..., D)."""
-        z = u.double() * self.theta_sd + self.theta_mean
+        """theta (..., D) float32, inside the support, for u (..., D); computed in u's dtype."""
+        z = u * self.theta_sd.to(u) + self.theta_mean.to(u)
         return self.bijection.constrain(z, torch.float32)
+
+    def log_det_of_theta(self, u: Tensor) -> Tensor:
+        """log |d theta / d u|, float64 (...), at u (..., D)."""
+        z = u.double() * self.theta_sd + self.theta_mean
+        return self.bijection.log_det(z) + self.theta_sd.log().sum()
 
     def to_data(self) -> dict[str, Any]:
         """JSON-ready data; :meth:`from_data` is the inverse."""

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_dist.errors import InputError
-from sbi_dist.estimation.bundle import BUNDLE, load_bundle, weights_digest
+from sbi_dist.estimation.bundle import BUNDLE, load_bundle, reference_of, weights_digest
 from sbi_dist.estimation.ensemble import Ensemble, Estimator
 from sbi_dist.posterior.observation import as_observations
-from sbi_dist.posterior.sampler import draw, log_density
+from sbi_dist.posterior.sampler import Sampler
 from sbi_dist.priors import prior_from_data
 from sbi_dist.store import ObjectStore, open_store
 
@@ -48,6 +48,7 @@ class Posterior:
     ) -> None:
         self.estimator, self.prior, self.about = estimator, prior, about or {}
         self.identity = weights_digest(estimator)
+        self.sampler = Sampler(estimator)
         self._default_x: Tensor | None = None
         self._map: Tensor | None = None
 
@@ -154,10 +155,27 @@ class Posterior:
         """Draws for B observations, float32 of shape (*sample_shape, B, D); ``x`` (B, *x_shape)."""
         return self._draw(as_observations(x, self.x_shape), _shape(sample_shape), seed)
 
+    def draws(
+        self, x: Tensor, count: int, seed: int, first: int = 0, with_log_prob: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draws ``first`` to ``first + count - 1`` of each of B observations, without checks of x.
+
+        Args:
+            x: float32 of shape (B, *x_shape), finite.
+            count: draws of each.
+            seed: draws are a function of (model, x, seed, their number).
+            with_log_prob: whether to compute the density of each draw too.
+
+        Returns:
+            theta, float32 of shape (B, count, D), and log p(theta | x), float32 of shape
+            (B, count), or None.
+        """
+        return self.sampler.draw(x, count, self.identity, seed, first, with_log_prob)
+
     def _draw(self, x: Tensor, shape: torch.Size, seed: int | None) -> Tensor:
         if seed is None:
             seed = int(torch.randint(2**62, (1,)))
-        theta = draw(self.estimator, x, shape.numel(), self.identity, seed)
+        theta, _ = self.draws(x, shape.numel(), seed)
         return theta.transpose(0, 1).reshape(*shape, len(x), self.estimator.num_parameters)
 
     # ---- densities ----
@@ -171,7 +189,7 @@ class Posterior:
         if theta.ndim == 1:
             theta = theta[None]
         observation = self._observation(x, "log_prob")
-        return log_density(self.estimator, theta[:, None], observation)[:, 0]
+        return self.sampler.log_prob(theta[:, None], observation)[:, 0]
 
     def log_prob_batched(self, theta: Any, x: Any, **_: Any) -> Tensor:
         """log p(theta | x) for B observations; ``theta`` (*S, B, D), result (*S, B)."""
@@ -183,7 +201,7 @@ class Posterior:
                 f"must be (..., {len(observations)}, {self.estimator.num_parameters})"
             )
         flat = theta.reshape(-1, *theta.shape[-2:])
-        return log_density(self.estimator, flat, observations).reshape(theta.shape[:-1])
+        return self.sampler.log_prob(flat, observations).reshape(theta.shape[:-1])
 
     def _parameters(self, theta: Any) -> Tensor:
         theta = torch.as_tensor(np.asarray(theta), dtype=torch.float32)
@@ -211,8 +229,8 @@ class Posterior:
 
     def _ascend(self, x: Tensor, draws: int, starts: int) -> Tensor:
         estimator = self.estimator
-        theta = draw(estimator, x, draws, self.identity, 0)[0]
-        density = log_density(estimator, theta[:, None], x)[:, 0]
+        theta = self.draws(x, draws, 0)[0][0]
+        density = self.sampler.log_prob(theta[:, None], x)[:, 0]
         theta = theta[density.topk(min(starts, draws)).indices]
         context = estimator.embed(x).detach().expand(len(theta), -1)
         u = estimator.unconstrained(theta).requires_grad_()
@@ -225,6 +243,27 @@ class Posterior:
         with torch.no_grad():
             best = int(estimator.log_prob_unconstrained(u, context).argmax())
             return estimator.constrained(u.detach()[best : best + 1])
+
+    # ---- what it is not about ----
+
+    def out_of_distribution(self, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """How unlike the simulations observations are, without checks of x.
+
+        Args:
+            x: float32 of shape (B, *x_shape).
+
+        Returns:
+            A score, about 1 for a simulation and growing as the square of the distance from them,
+            and a p-value, the part of the held-out simulations with no lower score; float32 (B,)
+            each, as ``OutOfDistribution`` defines them. NaN where x is not finite, and where the
+            bundle tells of no held-out simulations of this estimator.
+        """
+        reference = None
+        if self.about.get("weights_sha256", self.identity)[:16] == self.identity:
+            reference = reference_of(self.about, self.estimator)
+        if reference is None:
+            return np.full(len(x), np.nan, np.float32), np.full(len(x), np.nan, np.float32)
+        return reference.evaluate(self.estimator, x)
 
     def __repr__(self) -> str:
         names = ", ".join(self.parameter_names)

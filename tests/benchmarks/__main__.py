@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import simulation, steps, streaming, training, tutorial
+from tests.benchmarks import catalog, sampling, simulation, steps, streaming, training, tutorial
 
 BENCHMARKS = {
     "tutorial": tutorial.run,
     "simulation": simulation.run,
     "training": training.run,
     "steps": steps.run,
+    "sampling": sampling.run,
     "streaming": streaming.run,
+    "catalog": catalog.run,
 }
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from sbi_dist.estimation.loop import fit
 from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.posterior import Posterior
 from sbi_dist.posterior.posterior import PROMOTED
-from sbi_dist.posterior.sampler import draw
 from sbi_dist.priors import BoxUniform, prior_to_data
 from sbi_dist.store import LocalStore
 
@@ -222,7 +221,7 @@ def test_draws_do_not_depend_on_their_number(posterior) -> None:
     many = posterior.sample((9000,), [0.5, 0.5], seed=3)  # more than go through the flow at once
     assert len(many.unique(dim=0)) > 8990
     close(posterior.sample((100,), [0.5, 0.5], seed=3), many[:100])
-    later = draw(posterior.estimator, torch.tensor([[0.5, 0.5]]), 90, posterior.identity, 3, 8150)
+    later, _ = posterior.draws(torch.tensor([[0.5, 0.5]]), 90, 3, first=8150)
     close(later[0], many[8150:8240])
     close(posterior.sample((90, 100), [0.5, 0.5], seed=3).reshape(9000, 2), many)
     x = torch.zeros(30, 2)

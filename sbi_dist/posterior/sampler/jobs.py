@@ -1,0 +1,127 @@
+"""How work on B observations x K draws each is cut into jobs and tiles, and spread over threads.
+
+A job is what a thread takes: some observations, whose conditions are computed once, and a range of
+their draws. It goes through the flow in tiles, whose memory stays in a core's cache. Both have
+about the same number of draws whether there is one observation or a million, so that time and
+memory of a draw are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import torch
+
+__all__ = ["Job", "in_threads", "jobs", "tile_shape", "tiles"]
+
+_DRAWS = 32_768  # of a job
+# Observations that share a tile are its last dimension: with fewer, loops over it are too short,
+# and a tile of one observation is better, which has operations of its own.
+_FEW = 16
+T = TypeVar("T")
+
+
+class Job(NamedTuple):
+    """Observations, and which of their draws: ranges of the whole."""
+
+    rows: slice
+    draws: slice
+
+
+def jobs(observations: int, draws: int, most_rows: int) -> Iterator[Job]:
+    """Cut all of it into jobs, of at most ``most_rows`` observations."""
+    at_once = max(1, min(draws, _DRAWS))
+    rows = max(1, min(most_rows, _DRAWS // at_once))
+    for start in range(0, observations, rows):
+        for first in range(0, draws, at_once):
+            yield Job(
+                slice(start, min(start + rows, observations)),
+                slice(first, min(first + at_once, draws)),
+            )
+
+
+def tile_shape(observations: int, draws: int, columns: int) -> tuple[int, int]:
+    """Draws and observations of a tile of about so many columns in all."""
+    if draws >= columns // 2 or observations < _FEW:
+        observations, each = 1, min(draws, columns)
+    else:
+        observations = min(observations, max(_FEW, columns // draws))
+        each = min(draws, max(1, columns // observations))
+    return _even(draws, each), observations
+
+
+def _even(total: int, most: int) -> int:
+    """The least size with which parts of ``total`` are as few as with ``most``."""
+    return -(-total // -(-total // most))
+
+
+def tiles(observations: int, draws: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of draws and of observations that cover all of a job."""
+    each, rows = tile_shape(observations, draws, columns)
+    rows = _even(observations, rows)
+    for start in range(0, observations, rows):
+        for first in range(0, draws, each):
+            yield (
+                slice(first, min(first + each, draws)),
+                slice(start, min(start + rows, observations)),
+            )
+
+
+def in_threads(work: Callable[[T], None], items: Iterable[T], threads: int) -> None:
+    """Do the work on every item. Each thread takes the next one when it is done with one.
+
+    torch's own threads would divide each of many small operations; these divide the draws. When one
+    fails, or this call is interrupted, none begins another item.
+    """
+    if threads <= 1:
+        with _one_thread_each():
+            for item in items:
+                work(item)
+        return
+    queue, lock, stop = iter(items), threading.Lock(), threading.Event()
+
+    def drain() -> None:
+        while not stop.is_set():
+            with lock:
+                item = next(queue, None)
+            if item is None:
+                return
+            try:
+                work(item)
+            except BaseException:
+                stop.set()
+                raise
+
+    with _one_thread_each(), ThreadPoolExecutor(threads, "sbi-dist-draw") as pool:
+        try:
+            for future in [pool.submit(drain) for _ in range(threads)]:
+                future.result()
+        finally:
+            stop.set()
+
+
+_using = 0
+_threads_before = 1
+_counting = threading.Lock()
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """torch's own threads off, until the last of several users at once is done."""
+    global _using, _threads_before
+    with _counting:
+        if _using == 0:
+            _threads_before = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _using += 1
+    try:
+        yield
+    finally:
+        with _counting:
+            _using -= 1
+            if _using == 0:
+                torch.set_num_threads(_threads_before)

@@ -1,0 +1,145 @@
+"""Draws and densities for many observations at once, in bounded memory and with all cores.
+
+The noise is a function of (model, observation, seed, number of the draw), see ``noise.py``; the
+rest is arithmetic, so that a draw is the same to rounding whatever it was computed with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sbi_dist.estimation.ensemble import Ensemble, Estimator
+from sbi_dist.posterior.noise import normal_noise, stream_keys
+from sbi_dist.posterior.sampler.compiled import CompiledEstimator
+from sbi_dist.posterior.sampler.jobs import Job, in_threads, jobs
+
+__all__ = ["Sampler"]
+
+
+class Sampler:
+    """Draws and densities of an estimator, with its weights as they are now.
+
+    Args:
+        estimator: the density estimator, or the ensemble.
+        device: where to compute.
+        threads: how many to use on a CPU; default: as many as torch does.
+
+    Attributes:
+        how: how it is computed, in a few words; tells where that is by nflows' own modules.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        device: str | torch.device = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        self._estimator, self._device = estimator, torch.device(device)
+        self._threads = threads
+        members = estimator.members if isinstance(estimator, Ensemble) else (estimator,)
+        self._ensemble = estimator if isinstance(estimator, Ensemble) and len(members) > 1 else None
+        with torch.inference_mode(False), torch.no_grad():
+            self._members = [CompiledEstimator(member, self._device) for member in members]
+        self.how = "; ".join(dict.fromkeys(member.how for member in self._members))
+
+    def draw(
+        self,
+        x: Tensor,
+        count: int,
+        identity: str,
+        seed: int,
+        first: int = 0,
+        with_log_prob: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Posterior draws ``first`` to ``first + count - 1`` of each observation.
+
+        Args:
+            x: observations, float32 of shape (B, *x_shape), finite.
+            count: draws of each.
+            identity: the model's digest, part of the random stream.
+            seed: seed of the random streams.
+            with_log_prob: whether to give the density of each draw too.
+
+        Returns:
+            theta, float32 of shape (B, count, D), inside the prior's support; and log q(theta | x),
+            float32 of shape (B, count), or None.
+        """
+        keys = stream_keys(x.numpy(), identity, seed).to(self._device)
+        theta = torch.empty((len(x), count, self._estimator.num_parameters), dtype=torch.float32)
+        log_q = torch.empty((len(x), count), dtype=torch.float32) if with_log_prob else None
+        noise_size = self._estimator.noise_size
+
+        def work(job: Job) -> None:
+            rows, draws = job
+            number = draws.stop - draws.start
+            noise = normal_noise(keys[rows], first + draws.start, number, noise_size)
+            conditions = [member.conditions(x[rows]) for member in self._members]
+            if self._ensemble is None:
+                member = self._members[0]
+                values, density = member.sample(noise[: member.size], conditions[0], with_log_prob)
+            else:
+                values = self._mixed(noise, conditions)
+                density = None
+            theta[rows, draws] = values.permute(2, 1, 0).cpu()
+            if log_q is not None:
+                if density is None:
+                    density = self._log_density(values.permute(1, 2, 0), conditions)
+                log_q[rows, draws] = density.T.cpu()
+
+        self._work(work, len(x), count)
+        return theta, log_q
+
+    def log_prob(self, theta: Tensor, x: Tensor) -> Tensor:
+        """log q(theta | x), float32 of shape (N, B); -inf outside the prior's support.
+
+        Args:
+            theta: float32 of shape (N, B, D): N parameter vectors for each observation.
+            x: observations, float32 of shape (B, *x_shape).
+        """
+        log_q = torch.empty(theta.shape[:2], dtype=torch.float32)
+
+        def work(job: Job) -> None:
+            rows, draws = job
+            conditions = [member.conditions(x[rows]) for member in self._members]
+            log_q[draws, rows] = self._log_density(theta[draws, rows], conditions).cpu()
+
+        self._work(work, len(x), len(theta))
+        return log_q
+
+    def _mixed(self, noise: Tensor, conditions: list[Tensor]) -> Tensor:
+        """theta (D, K, M) of the member that the noise's last number chooses for each."""
+        assert self._ensemble is not None
+        which = self._ensemble.chosen(noise[-1])
+        theta = torch.empty_like(noise[:-1])
+        for number, member in enumerate(self._members):
+            draws, rows = torch.nonzero(which == number, as_tuple=True)
+            if len(rows):
+                part = noise[:-1, draws, rows]
+                theta[:, draws, rows] = member.sample_columns(part, conditions[number], rows)
+        return theta
+
+    def _log_density(self, theta: Tensor, conditions: list[Tensor]) -> Tensor:
+        """Of the members' mean, (K, M), at theta (K, M, D)."""
+        each = [
+            member.log_prob(theta, of) for member, of in zip(self._members, conditions, strict=True)
+        ]
+        if len(each) == 1:
+            return each[0]
+        return torch.logsumexp(torch.stack(each), dim=0) - math.log(len(each))
+
+    def _work(self, work: Callable[[Job], None], observations: int, draws: int) -> None:
+        most_rows = min(member.rows_at_once for member in self._members)
+        todo = list(jobs(observations, draws, most_rows))
+        threads = 1
+        if self._device.type == "cpu":
+            threads = min(self._threads or torch.get_num_threads(), len(todo))
+
+        @torch.inference_mode()
+        def inferring(job: Job) -> None:
+            work(job)
+
+        in_threads(inferring, todo, threads)
