@@ -22,7 +22,7 @@ from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.estimation.standardize import Standardization
 from sbi_dist.posterior.noise import normal_noise, stream_keys
 from sbi_dist.posterior.sampler import Sampler, compiled
-from sbi_dist.posterior.sampler import jobs as jobs_module
+from sbi_dist.posterior.sampler import sampler as sampler_module
 from sbi_dist.posterior.sampler.compiled import CompiledEstimator
 from sbi_dist.posterior.sampler.jobs import in_threads, jobs, tile_shape, tiles
 from sbi_dist.posterior.sampler.program import compile_flow
@@ -414,7 +414,7 @@ def test_a_draw_is_the_same_in_whatever_part(kind, monkeypatch) -> None:
     shapes = [(3, 50), (100, 1000), (64, 10**6)]  # columns of a tile, draws of a job
     for columns, draws in shapes:
         monkeypatch.setattr(compiled, "_COLUMNS", columns)
-        monkeypatch.setattr(jobs_module, "_DRAWS", draws)
+        monkeypatch.setattr(sampler_module, "MOST_DRAWS", draws)
         sampler = Sampler(estimator, threads=3)
         some, density = sampler.draw(x[20:60], 31, "m", 2, first=11, with_log_prob=True)
         torch.testing.assert_close(some, theta[20:60, 11:42], rtol=1e-5, atol=1e-5)
@@ -457,13 +457,21 @@ def test_nothing_to_draw() -> None:
 # ---- jobs and tiles -----------------------------------------------------------------------------
 
 
-@given(st.integers(0, 50), st.integers(0, 200), st.integers(1, 60), st.integers(1, 500))
-@settings(deadline=None, max_examples=60)
-def test_jobs_and_tiles_cover_everything_once(observations, draws, most_rows, columns) -> None:
+@given(
+    st.integers(0, 50),
+    st.integers(0, 200),
+    st.integers(1, 60),
+    st.integers(1, 500),
+    st.integers(1, 5000),
+)
+@settings(deadline=None, max_examples=100)
+def test_jobs_and_tiles_cover_everything_once(
+    observations, draws, most_rows, columns, most_draws
+) -> None:
     seen = np.zeros((observations, draws), dtype=int)
-    for job in jobs(observations, draws, most_rows):
+    for job in jobs(observations, draws, most_rows, most_draws):
         part = seen[job.rows, job.draws]
-        assert 0 < part.shape[0] <= most_rows and 0 < part.size <= jobs_module._DRAWS
+        assert 0 < part.shape[0] <= most_rows and 0 < part.size <= most_draws
         for some, rows in tiles(*part.shape, columns):
             assert part[rows, some].size > 0
             part[rows, some] += 1
@@ -483,6 +491,19 @@ def test_jobs_and_tiles_cover_everything_once(observations, draws, most_rows, co
 )
 def test_tiles_are_of_one_size_whatever_there_is(observations, draws, shape) -> None:
     assert tile_shape(observations, draws, 2048) == shape
+
+
+@pytest.mark.parametrize(
+    ("observations", "draws", "number"),
+    [(1, 10_000, 1), (1, 30_000, 4), (100, 1000, 4), (1, 10**6, 32), (10_000, 100, 32)],
+)
+def test_jobs_are_of_one_size(observations, draws, number) -> None:
+    """So that two or four threads end together."""
+    sizes = [
+        (job.rows.stop - job.rows.start) * (job.draws.stop - job.draws.start)
+        for job in jobs(observations, draws, 10**6)
+    ]
+    assert len(sizes) == number and max(sizes) <= 1.05 * (sum(sizes) / number)
 
 
 def test_threads_stop_at_an_error() -> None:

@@ -16,9 +16,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-__all__ = ["Job", "in_threads", "jobs", "tile_shape", "tiles"]
+__all__ = ["MOST_DRAWS", "Job", "in_threads", "jobs", "tile_shape", "tiles"]
 
-_DRAWS = 32_768  # of a job
+MOST_DRAWS = 32_768  # of a job
 # Observations that share a tile are its last dimension: with fewer, loops over it are too short,
 # and a tile of one observation is better, which has operations of its own.
 _FEW = 16
@@ -32,16 +32,32 @@ class Job(NamedTuple):
     draws: slice
 
 
-def jobs(observations: int, draws: int, most_rows: int) -> Iterator[Job]:
-    """Cut all of it into jobs, of at most ``most_rows`` observations."""
-    at_once = max(1, min(draws, _DRAWS))
-    rows = max(1, min(most_rows, _DRAWS // at_once))
-    for start in range(0, observations, rows):
-        for first in range(0, draws, at_once):
+def jobs(
+    observations: int, draws: int, most_rows: int, most_draws: int = MOST_DRAWS
+) -> Iterator[Job]:
+    """Cut all of it into jobs, of at most ``most_rows`` observations and so many draws in all.
+
+    Where one would do, or a few, these are a multiple of four: threads then end together.
+    """
+    most_rows = max(1, min(most_rows, most_draws // max(1, draws)))
+    rows, each = observations, draws
+    if observations * draws > most_draws // 2 or observations > most_rows:
+        rows = _shared(observations, most_rows)
+        if observations < 4:
+            each = _shared(draws, most_draws)
+    each = min(max(1, each), most_draws)
+    for start in range(0, observations, max(1, rows)):
+        for first in range(0, draws, each):
             yield Job(
                 slice(start, min(start + rows, observations)),
-                slice(first, min(first + at_once, draws)),
+                slice(first, min(first + each, draws)),
             )
+
+
+def _shared(total: int, most: int) -> int:
+    """Size of parts of at most ``most`` whose number is about a multiple of four."""
+    number = -(-total // most)
+    return max(1, -(-total // (number + -number % 4)))
 
 
 def tile_shape(observations: int, draws: int, columns: int) -> tuple[int, int]:

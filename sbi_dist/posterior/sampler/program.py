@@ -23,7 +23,7 @@ from sbi_dist.posterior.sampler.coupling import CouplingStep
 from sbi_dist.posterior.sampler.linear import LinearStep, linear_step
 from sbi_dist.posterior.sampler.step import Run, Step, Tile
 
-__all__ = ["FlowProgram", "FlowRun", "compile_flow"]
+__all__ = ["FlowProgram", "FlowRun", "compile_flow", "flattened"]
 
 
 def compile_flow(transform: nn.Module, features: int) -> FlowProgram:
@@ -37,7 +37,7 @@ def compile_flow(transform: nn.Module, features: int) -> FlowProgram:
         Unknown: it has a layer that there is no step for; says which.
     """
     steps: list[Step] = []
-    for layer in _flattened(transform):
+    for layer in flattened(transform):
         if isinstance(layer, ConditionalAffine):
             steps.append(AffineStep(layer))
         elif isinstance(layer, transforms.PiecewiseRationalQuadraticCouplingTransform):
@@ -52,9 +52,10 @@ def compile_flow(transform: nn.Module, features: int) -> FlowProgram:
     return FlowProgram(_merged(steps), features)
 
 
-def _flattened(transform: nn.Module) -> list[nn.Module]:
+def flattened(transform: nn.Module) -> list[nn.Module]:
+    """The layers of a transform that may be composed of others, in order."""
     if isinstance(transform, transforms.CompositeTransform):
-        return [layer for each in transform._transforms for layer in _flattened(each)]
+        return [layer for each in transform._transforms for layer in flattened(each)]
     return [transform]
 
 

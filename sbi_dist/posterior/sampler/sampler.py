@@ -15,9 +15,11 @@ from torch import Tensor
 from sbi_dist.estimation.ensemble import Ensemble, Estimator
 from sbi_dist.posterior.noise import normal_noise, stream_keys
 from sbi_dist.posterior.sampler.compiled import CompiledEstimator
-from sbi_dist.posterior.sampler.jobs import Job, in_threads, jobs
+from sbi_dist.posterior.sampler.jobs import MOST_DRAWS, Job, in_threads, jobs
 
 __all__ = ["Sampler"]
+
+_DRAWS_ON_GPU = 2**20  # of a job: a launch takes as long as thousands of draws
 
 
 class Sampler:
@@ -71,24 +73,20 @@ class Sampler:
         keys = stream_keys(x.numpy(), identity, seed).to(self._device)
         theta = torch.empty((len(x), count, self._estimator.num_parameters), dtype=torch.float32)
         log_q = torch.empty((len(x), count), dtype=torch.float32) if with_log_prob else None
-        noise_size = self._estimator.noise_size
 
         def work(job: Job) -> None:
             rows, draws = job
-            number = draws.stop - draws.start
-            noise = normal_noise(keys[rows], first + draws.start, number, noise_size)
+            noise = keys[rows], first + draws.start, draws.stop - draws.start
             conditions = [member.conditions(x[rows]) for member in self._members]
             if self._ensemble is None:
-                member = self._members[0]
-                values, density = member.sample(noise[: member.size], conditions[0], with_log_prob)
+                values, density = self._members[0].draw(*noise, conditions[0], with_log_prob)
             else:
-                values = self._mixed(noise, conditions)
-                density = None
-            theta[rows, draws] = values.permute(2, 1, 0).cpu()
+                values, density = self._mixed(*noise, conditions), None
+            theta[rows, draws] = values.permute(2, 1, 0)
             if log_q is not None:
                 if density is None:
                     density = self._log_density(values.permute(1, 2, 0), conditions)
-                log_q[rows, draws] = density.T.cpu()
+                log_q[rows, draws] = density.T
 
         self._work(work, len(x), count)
         return theta, log_q
@@ -105,14 +103,15 @@ class Sampler:
         def work(job: Job) -> None:
             rows, draws = job
             conditions = [member.conditions(x[rows]) for member in self._members]
-            log_q[draws, rows] = self._log_density(theta[draws, rows], conditions).cpu()
+            log_q[draws, rows] = self._log_density(theta[draws, rows], conditions)
 
         self._work(work, len(x), len(theta))
         return log_q
 
-    def _mixed(self, noise: Tensor, conditions: list[Tensor]) -> Tensor:
+    def _mixed(self, keys: Tensor, first: int, count: int, conditions: list[Tensor]) -> Tensor:
         """theta (D, K, M) of the member that the noise's last number chooses for each."""
         assert self._ensemble is not None
+        noise = normal_noise(keys, first, count, self._ensemble.noise_size)
         which = self._ensemble.chosen(noise[-1])
         theta = torch.empty_like(noise[:-1])
         for number, member in enumerate(self._members):
@@ -133,10 +132,10 @@ class Sampler:
 
     def _work(self, work: Callable[[Job], None], observations: int, draws: int) -> None:
         most_rows = min(member.rows_at_once for member in self._members)
-        todo = list(jobs(observations, draws, most_rows))
-        threads = 1
-        if self._device.type == "cpu":
-            threads = min(self._threads or torch.get_num_threads(), len(todo))
+        on_cpu = self._device.type == "cpu"
+        most_draws = MOST_DRAWS if on_cpu else _DRAWS_ON_GPU
+        todo = list(jobs(observations, draws, most_rows, most_draws))
+        threads = min(self._threads or torch.get_num_threads(), len(todo)) if on_cpu else 1
 
         @torch.inference_mode()
         def inferring(job: Job) -> None:
