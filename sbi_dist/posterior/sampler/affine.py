@@ -22,6 +22,7 @@ class AffineStep:
         self._layer = layer
         self.features = layer.linear.out_features // 2
         self.condition_rows = 4 * self.features
+        self.width = self.features
 
     def to(self, like: Tensor) -> None:
         # The layer is the estimator's own.

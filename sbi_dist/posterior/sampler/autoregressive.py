@@ -68,6 +68,7 @@ class AutoregressiveStep:
         # By feature: scale and shift.
         self._final = rows.view(self.features, 2, -1)
         self._final_forward = self._final.transpose(0, 1).reshape(2 * self.features, -1)
+        self.width = max(self.hidden, 2 * self.features)
         self.products = int(sum(each.mask.sum() for each in (*linears, final)))
 
     def to(self, like: Tensor) -> None:

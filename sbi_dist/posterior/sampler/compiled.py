@@ -22,12 +22,14 @@ __all__ = ["CompiledEstimator"]
 
 # Columns of a tile: enough that an operation takes longer than its call, few enough for a cache.
 _COLUMNS, _COLUMNS_ON_GPU = 4096, 2**18
-# Columns that go through the bijection at once, in float64.
+# Numbers of the largest array of a tile, where networks are wide.
+_OF_TILE, _OF_TILE_ON_GPU = 2**20, 2**28
+# Columns that go through the bijection at once.
 _MAPPED = 8192
 # Numbers of the conditions of a job, and of its observations.
 _NUMBERS, _NUMBERS_ON_GPU = 2**22, 2**26
-_RUNS_KEPT = 16
-_PADDED = 256
+_RUNS_KEPT = 8
+_LEAST_COLUMNS = 256
 
 
 class CompiledEstimator:
@@ -64,10 +66,13 @@ class CompiledEstimator:
             self._program = NflowsProgram(transform, self.size, context)
             self.how = f"nflows' own modules, as no step is written for {unknown}"
         numbers = max(self._program.condition_rows, math.prod(estimator.x_shape))
-        on_cpu = device.type == "cpu"
-        self.rows_at_once = max(1, (_NUMBERS if on_cpu else _NUMBERS_ON_GPU) // numbers)
-        self._columns = _COLUMNS if on_cpu else _COLUMNS_ON_GPU
-        self._mapped = _MAPPED if on_cpu else _COLUMNS_ON_GPU
+        if device.type == "cpu":
+            most, columns, of_tile, self._mapped = _NUMBERS, _COLUMNS, _OF_TILE, _MAPPED
+        else:
+            most, columns, of_tile = _NUMBERS_ON_GPU, _COLUMNS_ON_GPU, _OF_TILE_ON_GPU
+            self._mapped = columns
+        self.rows_at_once = max(1, most // numbers)
+        self._columns = max(_LEAST_COLUMNS, min(columns, of_tile // self._program.width))
         self._free: dict[tuple[int, int], list[FlowRun | NflowsRun]] = {}
         self._lock = threading.Lock()
 
@@ -133,10 +138,12 @@ class CompiledEstimator:
             return self.sample(noise.unsqueeze(2), conditions)[0].squeeze(2)
         count = len(which)
         # Lengths that come back, so that memory can be used again.
-        more = -count % _PADDED
+        more = -count % min(_LEAST_COLUMNS, self.rows_at_once)
         noise = torch.nn.functional.pad(noise, (0, more))
         which = torch.nn.functional.pad(which, (0, more))
-        parts = zip(noise.split(_COLUMNS, 1), which.split(_COLUMNS), strict=True)
+        # Each of them has conditions of its own.
+        columns = min(self._columns, self.rows_at_once)
+        parts = zip(noise.split(columns, 1), which.split(columns), strict=True)
         theta = [
             self.sample(part.unsqueeze(1), conditions[:, of])[0].squeeze(1) for part, of in parts
         ]

@@ -36,7 +36,10 @@ class CouplingStep:
         for block in network.blocks:
             if block.use_batch_norm or block.activation is not F.relu:
                 raise Unknown("a residual network with batch norm or without ReLU")
-        fixed, moved = layer.identity_features.tolist(), layer.transform_features.tolist()
+        fixed, moved = (
+            layer.identity_features.tolist(),
+            layer.transform_features.tolist(),
+        )
         self.order = [*fixed, *moved]
         self.fixed, self.moved = len(fixed), len(moved)
         self.hidden, self.blocks = network.hidden_features, len(network.blocks)
@@ -48,8 +51,14 @@ class CouplingStep:
         first = network.initial_layer.weight.detach()
         # Given the features as they are, and one: the last column is the observation's.
         self._initial = first[:, : self.fixed].contiguous()
-        contexts = [first[:, self.fixed :], *(each.context_layer.weight for each in network.blocks)]
-        biases = [network.initial_layer.bias, *(each.context_layer.bias for each in network.blocks)]
+        contexts = [
+            first[:, self.fixed :],
+            *(each.context_layer.weight for each in network.blocks),
+        ]
+        biases = [
+            network.initial_layer.bias,
+            *(each.context_layer.bias for each in network.blocks),
+        ]
         self._context = with_bias(torch.cat(contexts), torch.cat(biases))
         self.condition_rows = len(self._context)
         self._layers = [
@@ -62,6 +71,7 @@ class CouplingStep:
             self.moved,
             network.hidden_features,
         )
+        self.width = max(self.hidden, len(self._final))
         self.products = (
             self.hidden * self.fixed
             + 2 * self.blocks * self.hidden**2

@@ -24,11 +24,16 @@ class LinearStep:
     condition_rows = 0
 
     def __init__(
-        self, matrix: Tensor, bias: Tensor, log_det: float, inverse: Tensor | None = None
+        self,
+        matrix: Tensor,
+        bias: Tensor,
+        log_det: float,
+        inverse: Tensor | None = None,
     ) -> None:
         self.matrix, self.bias, self.log_det = matrix, bias, log_det
         self.inverse = torch.linalg.inv(matrix) if inverse is None else inverse
         self.products = 0  # no network's
+        self.width = len(matrix)
         self.to(matrix)
 
     @classmethod
@@ -105,7 +110,10 @@ def linear_step(layer: nn.Module, features: int) -> LinearStep:
         scale = layer._scale.detach().double().expand(features).clone()
         shift = layer._shift.detach().double().expand(features).clone()
         return LinearStep(
-            torch.diag(scale), shift, float(scale.abs().log().sum()), torch.diag(1 / scale)
+            torch.diag(scale),
+            shift,
+            float(scale.abs().log().sum()),
+            torch.diag(1 / scale),
         )
     if isinstance(layer, transforms.IdentityTransform):
         return LinearStep.of_order(list(range(features)))

@@ -20,7 +20,12 @@ class NflowsProgram:
     products = 0
 
     def __init__(self, transform: nn.Module, features: int, context: int) -> None:
-        self._transform, self.features, self.condition_rows = transform, features, context
+        self._transform, self.features, self.condition_rows = (
+            transform,
+            features,
+            context,
+        )
+        self.width = max(features, context)
 
     def conditions(self, context: Tensor) -> Tensor:
         return context.T

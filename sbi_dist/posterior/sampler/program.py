@@ -76,11 +76,13 @@ class FlowProgram:
     Attributes:
         steps: in the order from u to noise; sampling goes through them backwards.
         products: multiplications in the networks' matrix products for one draw.
+        width: rows of the largest array that a tile needs.
     """
 
     def __init__(self, steps: Sequence[Step], features: int) -> None:
         self.steps, self.features = list(steps), features
         self.products = sum(step.products for step in self.steps)
+        self.width = max([features, *(step.width for step in self.steps)])
         self._rows = [step.condition_rows for step in self.steps]
         self.condition_rows = sum(self._rows)
 

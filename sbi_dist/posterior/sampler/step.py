@@ -78,10 +78,12 @@ class Step(Protocol):
     Attributes:
         condition_rows: numbers that it needs of each observation.
         products: multiplications in its matrix products for one draw.
+        width: rows of the largest array that a tile needs for it.
     """
 
     condition_rows: int
     products: int
+    width: int
 
     def to(self, like: Tensor) -> None: ...
 
