@@ -52,6 +52,14 @@ class Posterior:
         self._default_x: Tensor | None = None
         self._map: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles compile their own sampler, for the CPU.
+        return {name: value for name, value in vars(self).items() if name != "sampler"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.sampler = Sampler(self.estimator)
+
     @classmethod
     def load(cls, uri: str) -> Posterior:
         """The posterior of a model's folder, or of an experiment's folder (its promoted model).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,14 @@ def test_bundle_round_trip(store, posterior) -> None:
     assert torch.equal(again.log_prob(theta, x), posterior.log_prob(theta, x))
     assert again.about["num_weights"] == again.estimator.num_weights
     assert "a, b" in repr(again) and again.identity in repr(again)
+
+
+def test_copies_and_pickles_draw_the_same(posterior) -> None:
+    """As sbi's diagnostics send a posterior to other processes."""
+    posterior.set_default_x([0.5, -1.0])
+    expected = posterior.sample((50,), seed=1)
+    for again in (pickle.loads(pickle.dumps(posterior)), copy.deepcopy(posterior)):
+        assert torch.equal(again.sample((50,), seed=1), expected)
 
 
 def test_bundle_of_an_unknown_prior(estimator, tmp_path) -> None:

@@ -134,12 +134,12 @@ class CompiledEstimator:
         if self._fused is not None:
             u = self._fused.sample_columns(noise, conditions, which)
             return self._theta(u.unsqueeze(1), None)[0].squeeze(1)
-        if conditions.shape[1] == 1:
-            return self.sample(noise.unsqueeze(2), conditions)[0].squeeze(2)
         count = len(which)
         # Lengths that come back, so that memory can be used again.
         more = -count % min(_LEAST_COLUMNS, self.rows_at_once)
         noise = torch.nn.functional.pad(noise, (0, more))
+        if conditions.shape[1] == 1:
+            return self.sample(noise.unsqueeze(2), conditions)[0].squeeze(2)[:, :count]
         which = torch.nn.functional.pad(which, (0, more))
         # Each of them has conditions of its own.
         columns = min(self._columns, self.rows_at_once)
