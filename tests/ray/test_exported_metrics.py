@@ -34,7 +34,7 @@ class Scrape:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 # Others that use this Ray have models of other names.
-                if sample.name.startswith("ray_sbi_") and sample.labels["model"] == "m":
+                if sample.name.startswith("ray_sbi_") and sample.labels.get("model") == "m":
                     self.kinds[sample.name] = family.type
                     labels = sample.labels
                     key = (sample.name, labels["experiment"], labels.get("rank", ""))
