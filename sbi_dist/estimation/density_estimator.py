@@ -39,11 +39,6 @@ class DensityEstimator(nn.Module):
         return sum(weight.numel() for weight in self.flow.parameters())
 
     @property
-    def noise_size(self) -> int:
-        """Standard normal numbers that :meth:`push` makes one theta of."""
-        return self.num_parameters
-
-    @property
     def support(self) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of theta, float64 of shape (D,) each; may be infinite."""
         return self.standardization.bijection.low, self.standardization.bijection.high

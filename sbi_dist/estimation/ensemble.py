@@ -86,17 +86,6 @@ class Ensemble(nn.Module):
         ]
         return torch.logsumexp(torch.stack(each), dim=0) - math.log(len(each))
 
-    def push(self, noise: Tensor, context: Tensor) -> Tensor:
-        """theta (N, D) in the support from standard normal noise (N, D + 1) and context."""
-        size = self.num_parameters
-        which = self.chosen(noise[:, size])
-        theta = torch.empty((len(noise), size), dtype=torch.float32, device=noise.device)
-        for number, part in enumerate(self._parts(context)):
-            rows = torch.nonzero(which == number).squeeze(-1)
-            if len(rows):
-                theta[rows] = self.members[number].push(noise[rows, :size], part[rows])
-        return theta
-
     def chosen(self, noise: Tensor) -> Tensor:
         """Number of the member that each standard normal number chooses, of the same shape."""
         return torch.bucketize(noise.contiguous(), self._thresholds.to(noise.device))

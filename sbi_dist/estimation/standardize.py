@@ -197,6 +197,11 @@ class Standardization:
         z = u.double() * self.theta_sd + self.theta_mean
         return self.bijection.log_det(z) + self.theta_sd.log().sum()
 
+    def to(self, device: torch.device) -> Standardization:
+        """The same for theta and x on a device."""
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return dataclasses.replace(self, **moved)
+
     def to_data(self) -> dict[str, Any]:
         """JSON-ready data; :meth:`from_data` is the inverse."""
         data: dict[str, Any] = {"bijection": self.bijection.to_data(), "x_scale": self.x_scale}

@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from sbi_dist.posterior.observation import as_observations
-from sbi_dist.posterior.posterior import Posterior
-
-__all__ = ["Weighted", "importance_sample", "weigh"]
+__all__ = ["Weighted", "weigh"]
 
 _CHUNK = 50_000
 
@@ -41,30 +38,6 @@ class Weighted:
     best: np.ndarray
     effective_sample_size: float
     log_evidence: float
-
-
-def importance_sample(
-    posterior: Posterior,
-    log_likelihood: Callable[..., Any],
-    prior: Distribution,
-    x: Any,
-    num_samples: int,
-    proposals: int,
-    seed: int,
-) -> Weighted:
-    """Weigh ``proposals`` draws of q by likelihood and prior; resample ``num_samples`` of them.
-
-    Args:
-        posterior: q.
-        x: one observation.
-        proposals: how many to weigh.
-        seed: of the draws, and as in :func:`weigh`, which has the other arguments.
-    """
-    observation = as_observations(x, posterior.x_shape)
-    theta, log_q = posterior.draws(observation, proposals, seed, with_log_prob=True)
-    assert log_q is not None
-    observed = observation[0].numpy()
-    return weigh(theta[0], log_q[0], log_likelihood, prior, observed, num_samples, seed)
 
 
 def weigh(

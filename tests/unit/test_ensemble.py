@@ -31,7 +31,7 @@ from sbi_dist.estimation.ensemble import Ensemble
 from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.estimation.standardize import Standardization
 from sbi_dist.posterior import Posterior
-from sbi_dist.posterior.importance import importance_sample
+from sbi_dist.posterior.importance import weigh
 from sbi_dist.posterior.sampler import Sampler
 from sbi_dist.priors import BoxUniform, prior_to_data
 from sbi_dist.store import LocalStore
@@ -146,7 +146,6 @@ def test_density_integrates_to_one(random) -> None:
 
 def test_properties(random) -> None:
     assert random.num_parameters == 2 and random.noise_size == 3 and random.x_shape == (2,)
-    assert random.members[0].noise_size == 2
     assert random.num_weights == sum(weight.numel() for weight in random.parameters())
     assert random.options.ensemble == 3 and random.options.transforms == 2
     assert [bound.tolist() for bound in random.support] == [[-2.0, -2.0], [2.0, 2.0]]
@@ -193,18 +192,13 @@ def test_draws_come_from_both_members(apart) -> None:
 @torch.no_grad()
 def test_members_are_chosen_equally(count, rows) -> None:
     """By a normal number's quantile: of evenly spaced quantiles each member gets its share."""
-    same = member(0.0, 0.1)
-    members = [copy.copy(same) for _ in range(count)]
-    for number, each in enumerate(members):
-        each.push = lambda noise, context, number=number: torch.full((len(noise), 2), number + 0.5)
     levels = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
-    noise = torch.stack([torch.zeros(rows), torch.zeros(rows), torch.special.ndtri(levels)], 1)
-    theta = Ensemble(members).push(noise.float(), torch.zeros(rows, 2 * count))
-    got = torch.bincount(theta[:, 0].long(), minlength=count)
+    chosen = Ensemble([member(0.0, 0.1)] * count).chosen(torch.special.ndtri(levels).float())
+    got = torch.bincount(chosen, minlength=count)
     assert len(got) == count
     # Between floor and ceiling of rows / count; a level on a boundary may round to either side.
     assert int(got.max()) <= rows // count + 2 and int(got.min()) >= rows // count - 1
-    assert (theta[:, 0].diff() >= 0).all()
+    assert (chosen.diff() >= 0).all()
 
 
 def test_draws_do_not_depend_on_the_batch(random) -> None:
@@ -297,7 +291,9 @@ def test_importance_sampling(apart) -> None:
         return -0.5 * (scaled**2).sum(1) - 2 * math.log(sd * math.sqrt(2 * math.pi))
 
     count = 4000
-    weighted = importance_sample(Posterior(apart), log_likelihood, PRIOR, X, 500, count, seed=0)
+    theta, log_q = Posterior(apart).draws(torch.tensor([X]), count, 0, with_log_prob=True)
+    assert log_q is not None
+    weighted = weigh(theta[0], log_q[0], log_likelihood, PRIOR, np.array(X), 500, seed=0)
     error = 1 / math.sqrt(count)  # relative, of a mean of weights that are 0 or 2
     assert weighted.effective_sample_size == pytest.approx(count / 2, rel=5 * error)
     assert weighted.log_evidence == pytest.approx(-math.log(16.0), abs=6 * error)

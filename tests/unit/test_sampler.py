@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -250,23 +251,26 @@ def test_inverting_an_autoregressive_layer_uses_each_weight_once() -> None:
     assert 4 * program.products < flops <= most
 
 
-def test_no_boolean_indexing_and_nothing_waits() -> None:
+@pytest.mark.parametrize("estimator", ["nsf", "maf"])
+def test_no_boolean_indexing_and_nothing_waits(estimator) -> None:
     """On a device: no operation whose shape depends on values, none that reads one back."""
-    for estimator in ("nsf", "maf"):
-        model = build(3, estimator=estimator)
-        program = compile_flow(model.flow._transform, 3).to(torch.empty((), dtype=torch.float64))
-        run = program.run(4, 5, torch.empty((), dtype=torch.float64))
-        for each in run._runs:
-            if hasattr(each, "_spline"):
-                each._spline._on_cpu = False
-        run.given(program.conditions(torch.randn(5, 4, dtype=torch.float64)))
+    model = build(3, estimator=estimator)
+    program = compile_flow(model.flow._transform, 3).to(torch.empty((), dtype=torch.float64))
+    run = program.run(4, 5, torch.empty((), dtype=torch.float64))
+    run.given(program.conditions(torch.randn(5, 4, dtype=torch.float64)))
+    waits = ("nonzero", "_local_scalar_dense", "index.Tensor", "masked_select")
+
+    def waiting() -> bool:
         with _Calls() as calls, torch.no_grad():
             run.inverse(True)
-        assert not [
-            name
-            for name in calls.names
-            if any(word in name for word in ("nonzero", "item", "index.Tensor", "masked_select"))
-        ]
+        return any(word in name for name in calls.names for word in waits)
+
+    # On a CPU the splines look at the sizes of numbers, which shows that a look is seen.
+    assert waiting() == (estimator == "nsf")
+    for each in run._runs:
+        if hasattr(each, "_spline"):
+            each._spline._on_cpu = False
+    assert not waiting()
 
 
 class Newer(nn.Module):
@@ -512,12 +516,14 @@ def test_threads_stop_at_an_error() -> None:
     def work(item: int) -> None:
         if item == 3:
             raise ValueError("three")
+        time.sleep(0.005)
         done.append(item)
 
     before = torch.get_num_threads()
     with pytest.raises(ValueError, match="three"):
-        in_threads(work, range(1000), 2)
-    assert len(done) < 1000 and torch.get_num_threads() == before
+        in_threads(work, range(400), 2)
+    # The other thread ends what it was at.
+    assert len(done) < 100 and torch.get_num_threads() == before
 
 
 def test_memory_does_not_grow_with_the_request() -> None:

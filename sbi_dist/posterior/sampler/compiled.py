@@ -50,8 +50,7 @@ class CompiledEstimator:
         transform = copy.deepcopy(estimator.flow.flow._transform).cpu()
         if weight.device != device:
             estimator = copy.deepcopy(estimator).to(device)
-            scales = vars(estimator.standardization)  # no module's, so not moved
-            scales |= {name: of.to(device) for name, of in scales.items() if torch.is_tensor(of)}
+            estimator.standardization = estimator.standardization.to(device)
             weight = next(estimator.parameters())
         self._estimator, self._like = estimator, weight.detach()
         self.size = estimator.num_parameters

@@ -56,7 +56,7 @@ def jobs(
 
 def _shared(total: int, most: int) -> int:
     """Size of parts of at most ``most`` whose number is about a multiple of four."""
-    number = -(-total // most)
+    number = max(1, -(-total // most))
     return max(1, -(-total // (number + -number % 4)))
 
 
