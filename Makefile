@@ -27,7 +27,7 @@ run: $(VENV)/.runtime
 
 test: $(VENV)/.test
 	@# A process for each core: threads of their own would only wait for each other.
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/unit -n auto
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/unit tests/manifests -n auto
 	@# These wait more than they compute, so that both take little longer than one.
 	@log=$$(mktemp); $(VENV)/bin/python -m pytest tests/services >"$$log" 2>&1 & services=$$!; \
 	status=0; $(VENV)/bin/python -m pytest tests/ray tests/gpu || status=$$?; \

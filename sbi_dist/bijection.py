@@ -99,9 +99,25 @@ class SupportBijection:
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> SupportBijection:
-        low = np.array([-math.inf if b is None else b for b in data["low"]], dtype=np.float64)
-        high = np.array([math.inf if b is None else b for b in data["high"]], dtype=np.float64)
-        return cls(low, high, np.array(data["softness"], dtype=np.float64))
+        """Read what :meth:`to_data` gave.
+
+        Raises:
+            ValueError, TypeError, LookupError or ArithmeticError: it is no such data.
+        """
+        low = [-math.inf if b is None else _number(b) for b in data["low"]]
+        high = [math.inf if b is None else _number(b) for b in data["high"]]
+        softness = [_number(s) for s in data["softness"]]
+        if not len(low) == len(high) == len(softness):
+            raise ValueError("bounds and softness of the support are of different lengths")
+        made = cls(np.array(low), np.array(high), np.array(softness))
+        first, last = made._representable(torch.device("cpu"), torch.float32)
+        if not bool((first < last).all() and torch.isfinite(made._components.width).all()):
+            raise ValueError("a lower bound of the support is not below the upper one")
+        # The table of a softness far from these has rows without number, or none.
+        used = made._components.softness
+        if not bool(((used >= _LEAST_SOFTNESS) & (used <= _LARGEST_SOFTNESS)).all()):
+            raise ValueError("a softness is not in its range")
+        return made
 
     def contains(self, theta: Tensor) -> Tensor:
         """Whether theta (..., D) lies in the support, bool of shape (...)."""
@@ -198,4 +214,11 @@ class _Components:
         return low.clamp_min(-largest), high.clamp_max(largest)
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"a bound or a softness is of type {type(value).__name__}")
+    return float(value)
+
+
 _TINY = 1e-300
+_LEAST_SOFTNESS, _LARGEST_SOFTNESS = 1e-6, 1e6

@@ -171,6 +171,30 @@ def infer(
 
 
 @cli.command()
+@click.option("--model", required=True, metavar="ID", help="The model, or `former`.")
+@_common
+def promote(model: str, **arguments: Any) -> None:
+    """Make a trained model the one that is used and served, or go back to the former one."""
+    click.echo(_pipeline(**arguments).promote(model))
+
+
+@cli.command()
+@click.option("--host", metavar="ADDRESS", help="Where to listen (field `serve.host`).")
+@click.option("--port", type=int, metavar="N", help="Port to listen on (field `serve.port`).")
+@click.option("--detach", is_flag=True, help="Leave it running on the cluster of --address.")
+@_common
+def serve(host: str | None, port: int | None, detach: bool, **arguments: Any) -> None:
+    """Serve the posteriors over HTTP, until interrupted."""
+    from sbi_dist.serving.command import serve as serve_models
+
+    for name, value in (("host", host), ("port", port)):
+        if value is not None:
+            arguments["overrides"] = (*arguments["overrides"], f"serve.{name}={value}")
+    pipeline = _pipeline(**arguments)
+    serve_models(pipeline.experiment, pipeline.store, pipeline.address, detach, click.echo)
+
+
+@cli.command()
 @_common
 def report(**arguments: Any) -> None:
     """Write the report page from what is in the store."""
@@ -184,6 +208,56 @@ def report(**arguments: Any) -> None:
 def status(**arguments: Any) -> None:
     """Print the resolved experiment file and what there is in its store."""
     click.echo(yaml.safe_dump(_pipeline(**arguments).status(), sort_keys=False), nl=False)
+
+
+@cli.command()
+@click.option(
+    "--observations",
+    metavar="FILE",
+    help="Observations, a file or s3://bucket/path (.parquet, .csv, .npy).",
+)
+@click.option("--x", metavar="NUMBERS", help="One observation, as in --x 1.0,2.0.")
+@click.option(
+    "--model", default="promoted", show_default=True, metavar="ID", help="Model that is asked."
+)
+@click.option(
+    "--num-samples",
+    type=int,
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Draws of each observation.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draws.")
+@click.option(
+    "--output",
+    metavar="FILE",
+    help="Parquet file for the draws, - for standard output; default: a table of the first "
+    "observations.",
+)
+@click.option("--summary", is_flag=True, help="Store summaries of the draws in place of them.")
+@click.option(
+    "--token-file",
+    metavar="FILE",
+    help="File with the service's token; default: the variable SBI_DIST_TOKEN.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=float,
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long one request may take with all its tries; a large catalog is several.",
+)
+@click.argument("url")
+def query(**arguments: Any) -> None:
+    """Ask the service at URL for the posteriors of observations."""
+    from sbi_dist.serving.query import query as ask
+
+    found = ask(**arguments)
+    if found is not None:
+        click.echo(found)
 
 
 # The signal that asked the process to stop; a KeyboardInterrupt passes through Ray, its number

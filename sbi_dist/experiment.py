@@ -17,6 +17,7 @@ from sbi_dist.catalog.options import InferOptions
 from sbi_dist.errors import InputError
 from sbi_dist.estimation.options import TrainOptions
 from sbi_dist.options import Options, nearest, option
+from sbi_dist.serving.options import ServeOptions
 from sbi_dist.simulation.options import SimulateOptions
 from sbi_dist.tuning.options import TuneOptions
 
@@ -37,6 +38,7 @@ class Experiment(Options):
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
     tune: TuneOptions = dataclasses.field(default_factory=TuneOptions)
     infer: InferOptions = dataclasses.field(default_factory=InferOptions)
+    serve: ServeOptions = dataclasses.field(default_factory=ServeOptions)
 
     # Folder that relative problem files are looked up in; not part of the file.
     base: ClassVar[Path] = Path()
@@ -175,5 +177,6 @@ _SECTIONS = {
     "train": TrainOptions,
     "tune": TuneOptions,
     "infer": InferOptions,
+    "serve": ServeOptions,
 }
 _ADAPTER = pydantic.TypeAdapter(Experiment, config=None)

@@ -27,6 +27,7 @@ from sbi_dist.estimation.bundle import BUNDLE, load_bundle
 from sbi_dist.estimation.snapshot import METRICS
 from sbi_dist.estimation.trainer import train
 from sbi_dist.experiment import Experiment, digest
+from sbi_dist.options import nearest
 from sbi_dist.overlap import end_overlap, overlap_training, warm_start
 from sbi_dist.posterior.posterior import PROMOTED, Posterior
 from sbi_dist.priors import prior_to_data, support_bounds
@@ -97,7 +98,8 @@ class Pipeline:
 
     def _simulate(self, this: Round, options: SimulateOptions, **progress: Any) -> None:
         """Simulate a round and note what came of it."""
-        records = simulate(this.problem, options, this.store, **progress)
+        labels = {"experiment": self.experiment.name, "dataset": this.dataset_id}
+        records = simulate(this.problem, options, this.store, labels=labels, **progress)
         if not records:
             raise StageError(
                 f"simulate: no shard was finished within simulate.max_seconds="
@@ -159,8 +161,47 @@ class Pipeline:
         end_overlap(this, self.rounds, model)
         say(f"train: model {model_id} is complete in {model.uri}")
         if this.number == self.experiment.simulate.rounds:
-            self.store.put(PROMOTED, json.dumps({"model": model_id}).encode())
+            self._promote(model_id)
         return model_id
+
+    def promote(self, model_id: str) -> str:
+        """Make a trained model the one in use, or go back to the ``former`` one; its name.
+
+        Raises:
+            InputError: there is no such model, or it is damaged.
+        """
+        known = self.store.folders("models/")
+        if model_id == "former":
+            former = self._promotion().get("former")
+            if not isinstance(former, str):
+                raise InputError(
+                    f"--model is 'former', but no model was in use before; give one of "
+                    f"{', '.join(known) or 'none that is trained'}"
+                )
+            model_id = former
+        if model_id not in known:
+            near = nearest(model_id, known)
+            hint = f" (did you mean {near!r}?)" if near else ""
+            raise InputError(
+                f"--model is {model_id!r}, which {self.store.uri} does not hold{hint}; there are "
+                f"{', '.join(known) or 'none, train one first'}"
+            )
+        load_bundle(self.rounds.model(model_id))
+        self._promote(model_id)
+        return model_id
+
+    def _promote(self, model_id: str) -> None:
+        before = self._promotion()
+        former = before.get("model") if before.get("model") != model_id else before.get("former")
+        content = {"model": model_id} | ({"former": former} if isinstance(former, str) else {})
+        self.store.put(PROMOTED, json.dumps(content).encode())
+
+    def _promotion(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.store.get(PROMOTED))
+        except (KeyError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def _simulated(self, this: Round, stage: str) -> list[ShardRecord]:
         """The shards of a round that is simulated in full.

@@ -9,7 +9,8 @@ a model bundle keeps them. The map from a prior's support to R^D is in ``bijecti
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -369,21 +370,48 @@ def prior_to_data(prior: Distribution) -> dict[str, Any]:
     }
 
 
-def prior_from_data(data: dict[str, Any]) -> Distribution | None:
+def prior_from_data(data: dict[str, Any], parameters: int | None = None) -> Distribution | None:
     """The prior that :func:`prior_to_data` described; None where it, or a part, is ``opaque``.
 
+    Args:
+        data: of a prior, whoever wrote it.
+        parameters: D, where it is known.
+
     Raises:
-        InputError: the data names no known prior.
+        InputError: the data names no known prior, or one of another number of parameters.
     """
     try:
-        return None if _has_opaque(data) else as_prior(_from_data(data))
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"prior: {data!r:.200} does not describe a prior ({error})") from error
+        kinds = [part["kind"] for part in _parts(data, _DEEPEST)]
+        if parameters is not None and len(kinds) > _DEEPEST * parameters:
+            raise ValueError(f"it has {len(kinds):,} parts")
+        prior = None if "opaque" in kinds else as_prior(_from_data(data))
+        if prior is not None and parameters not in (None, prior.event_shape[0]):
+            raise ValueError(f"it has {prior.event_shape[0]} parameters, the model {parameters}")
+        return prior
+    except (
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
+        shown = _SHORT.repr(data)
+        raise InputError(f"prior: {shown:.200} does not describe a prior ({error})") from error
 
 
-def _has_opaque(data: dict[str, Any]) -> bool:
-    parts = [data["base"]] if "base" in data else data.get("blocks", [])
-    return data["kind"] == "opaque" or any(_has_opaque(part) for part in parts)
+# Of the parts of a prior, one in another: data of a stranger might go on for ever.
+_DEEPEST = 16
+_SHORT = reprlib.Repr()
+
+
+def _parts(data: dict[str, Any], deep: int) -> Iterator[dict[str, Any]]:
+    """A prior's data, and those of all that it is made of."""
+    if not deep:
+        raise ValueError("its parts are too deep in each other")
+    yield data
+    for part in [data["base"]] if "base" in data else data.get("blocks", []):
+        yield from _parts(part, deep - 1)
 
 
 def _from_data(data: dict[str, Any]) -> Distribution:
@@ -400,13 +428,19 @@ def _from_data(data: dict[str, Any]) -> Distribution:
         base = _from_data(data["base"])
         return _vector(base)
     if kind == "MultivariateNormal":
-        return torch.distributions.MultivariateNormal(
-            torch.tensor(data["loc"]), scale_tril=torch.tensor(data["scale_tril"])
-        )
+        loc, scale_tril = torch.tensor(data["loc"]), torch.tensor(data["scale_tril"])
+        if loc.ndim != 1 or scale_tril.shape != (len(loc), len(loc)):
+            raise InputError("prior: MultivariateNormal has loc and scale_tril of no such shapes")
+        return torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril)
     if kind not in _PLAIN:
-        raise InputError(f"prior: unknown kind {kind!r}")
+        raise InputError(f"prior: unknown kind {kind!r:.50}")
+    distribution = getattr(torch.distributions, kind)
     arguments = {key: torch.tensor(value) for key, value in data.items() if key != "kind"}
-    return getattr(torch.distributions, kind)(**arguments)
+    # torch would broadcast them, to any size.
+    if len({argument.shape for argument in arguments.values()}) != 1:
+        raise InputError(f"prior: {kind} has arguments of different shapes")
+    # A second validate_args, which would turn the checks off, is an error.
+    return distribution(**arguments, validate_args=True)
 
 
 def describe(prior: Distribution) -> list[str]:

@@ -211,15 +211,28 @@ class Standardization:
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Standardization:
+        """Read what :meth:`to_data` gave.
+
+        Raises:
+            ValueError, TypeError, LookupError or RuntimeError: it is no such data.
+        """
         tensors = {name: torch.tensor(data[name], dtype=torch.float64) for name in _TENSORS}
-        return cls(
-            bijection=SupportBijection.from_data(data["bijection"]),
-            x_scale=data["x_scale"],
-            **tensors,
-        )
+        bijection, shape = SupportBijection.from_data(data["bijection"]), tensors["x_mean"].shape
+        for name, values in tensors.items():
+            if values.shape != ((bijection.size,) if name.startswith("theta") else shape):
+                raise ValueError(f"{name} has shape {tuple(values.shape)}")
+            fit = torch.isfinite(values)
+            if name in _POSITIVE:
+                fit &= values > 0
+            if not bool(fit.all()):
+                raise ValueError(f"{name} has numbers that are not in its range")
+        if data["x_scale"] not in ("linear", "log", "asinh"):
+            raise ValueError(f"x_scale is {data['x_scale']!r:.50}")
+        return cls(bijection=bijection, x_scale=data["x_scale"], **tensors)
 
 
 _TENSORS = ("theta_mean", "theta_sd", "x_low", "x_centre", "x_width", "x_mean", "x_sd")
+_POSITIVE = ("theta_sd", "x_low", "x_width", "x_sd")
 
 
 def choose_scale(x: np.ndarray) -> str:

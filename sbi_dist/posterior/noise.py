@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,25 +27,33 @@ _MULTIPLY, _STEP = (
 )
 
 
-def stream_keys(x: np.ndarray, identity: str, seed: int) -> Tensor:
+def stream_keys(x: np.ndarray, identity: str, seed: int | Sequence[int]) -> Tensor:
     """A 64-bit stream key for each observation, int64 of shape (B, 2) holding two 32-bit words.
 
     Args:
         x: observations, float32 of shape (B, ...). Equal observations have equal streams.
         identity: the model's digest.
-        seed: any integer.
+        seed: any integer, or one for each observation.
     """
     rows = np.ascontiguousarray(x, dtype=np.float32).reshape(len(x), -1)
     rows = rows + np.float32(0.0)  # -0.0 is 0.0
     words = rows.view(np.uint32).astype(np.uint64)
-    start = hashlib.blake2b(f"{identity}/{seed}".encode(), digest_size=8).digest()
-    key = np.full(len(rows), int.from_bytes(start, "little"), dtype=np.uint64)
+    if isinstance(seed, int):
+        key = np.full(len(rows), _start(identity, seed), dtype=np.uint64)
+    else:
+        starts = {each: _start(identity, each) for each in set(seed)}
+        key = np.array([starts[each] for each in seed], dtype=np.uint64)
     with np.errstate(over="ignore"):
         for column in range(words.shape[1]):
             key = _mixed(key ^ (words[:, column] + np.uint64(column) * np.uint64(_LOW)))
         key = _mixed(key)
     halves = np.stack([key & np.uint64(_LOW), key >> np.uint64(32)], axis=1)
     return torch.from_numpy(halves.astype(np.int64))
+
+
+def _start(identity: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{identity}/{seed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _mixed(key: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ diagnostics accept this object.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +17,19 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_dist.errors import InputError
-from sbi_dist.estimation.bundle import BUNDLE, load_bundle, reference_of, weights_digest
+from sbi_dist.estimation.bundle import (
+    BUNDLE,
+    NO_MODEL,
+    load_bundle,
+    no_model,
+    prior_of,
+    reference_of,
+    weights_digest,
+)
 from sbi_dist.estimation.ensemble import Ensemble, Estimator
+from sbi_dist.estimation.out_of_distribution import OutOfDistribution
 from sbi_dist.posterior.observation import as_observations
 from sbi_dist.posterior.sampler import Sampler
-from sbi_dist.priors import prior_from_data
 from sbi_dist.store import ObjectStore, open_store
 
 __all__ = ["Posterior"]
@@ -84,7 +93,20 @@ class Posterior:
                     "folder of a model"
                 ) from error
         estimator, about = load_bundle(store)
-        return cls(estimator, prior_from_data(about.get("prior", {"kind": "opaque"})), about)
+        return cls.of_bundle(estimator, about, store.uri)
+
+    @classmethod
+    def of_bundle(cls, estimator: Estimator, about: dict[str, Any], where: str) -> Posterior:
+        """Of what :func:`load_bundle` gave; ``where`` is what messages call the folder.
+
+        Raises:
+            InputError: the prior does not fit, or the flow can't be compiled.
+        """
+        prior = prior_of(about, estimator)
+        try:
+            return cls(estimator, prior, about)
+        except NO_MODEL as error:
+            raise no_model(where, error) from error
 
     # ---- what it is about ----
 
@@ -164,14 +186,20 @@ class Posterior:
         return self._draw(as_observations(x, self.x_shape), _shape(sample_shape), seed)
 
     def draws(
-        self, x: Tensor, count: int, seed: int, first: int = 0, with_log_prob: bool = False
+        self,
+        x: Tensor,
+        count: int,
+        seed: int | Sequence[int],
+        first: int = 0,
+        with_log_prob: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Draws ``first`` to ``first + count - 1`` of each of B observations, without checks of x.
 
         Args:
             x: float32 of shape (B, *x_shape), finite.
             count: draws of each.
-            seed: draws are a function of (model, x, seed, their number).
+            seed: draws are a function of (model, x, seed, their number); one for each observation
+                where there are several.
             with_log_prob: whether to compute the density of each draw too.
 
         Returns:
@@ -266,12 +294,15 @@ class Posterior:
             each, as ``OutOfDistribution`` defines them. NaN where x is not finite, and where the
             bundle tells of no held-out simulations of this estimator.
         """
-        reference = None
-        if self.about.get("weights_sha256", self.identity)[:16] == self.identity:
-            reference = reference_of(self.about, self.estimator)
-        if reference is None:
+        if self._reference is None:
             return np.full(len(x), np.nan, np.float32), np.full(len(x), np.nan, np.float32)
-        return reference.evaluate(self.estimator, x)
+        return self._reference.evaluate(self.estimator, x)
+
+    @functools.cached_property
+    def _reference(self) -> OutOfDistribution | None:
+        if self.about.get("weights_sha256", self.identity)[:16] != self.identity:
+            return None
+        return reference_of(self.about, self.estimator)
 
     def __repr__(self) -> str:
         names = ", ".join(self.parameter_names)

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from sbi_dist.errors import InputError, StageError
@@ -22,6 +23,7 @@ from sbi_dist.simulation.actor import Answer, Piece, SimulatorActor
 from sbi_dist.simulation.backlog import Backlog
 from sbi_dist.simulation.dataset import Dataset, Stored
 from sbi_dist.simulation.failures import Failures
+from sbi_dist.simulation.live import Live
 from sbi_dist.simulation.options import SimulateOptions
 from sbi_dist.simulation.plan import Shard, plan_shards
 from sbi_dist.simulation.pool import Actor, ActorPool, Call, deaths
@@ -47,12 +49,14 @@ def simulate(
     store: ObjectStore,
     show_progress: bool = True,
     stop: threading.Event | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> list[ShardRecord]:
     """Bring the dataset in ``store`` to ``options.num_simulations`` rows.
 
     Returns the records of its shards in order; with ``options.max_seconds``, of those that were
     finished in time. Stored shards are kept and not simulated again. Ray must be connected. Ends
-    early, with what there is, once ``stop`` is set.
+    early, with what there is, once ``stop`` is set. Exports metrics with ``labels``, ``experiment``
+    and ``dataset``; none without them.
 
     Raises:
         InputError: the simulator can't be run or shipped, or the cluster is too small.
@@ -77,7 +81,8 @@ def simulate(
         say(f"simulator: {form}")
         if log.drivers(store):
             backlog.jump()
-        run = _Run(problem, options, dataset, manifest, backlog, stored, failures)
+        live = Live(labels, options.num_simulations)
+        run = _Run(problem, options, dataset, manifest, backlog, stored, failures, live)
         run.finish(left, show_progress, stop or threading.Event())
         stored = dataset.stored()
     if options.num_simulations is None:
@@ -107,11 +112,12 @@ class _Run:
         backlog: Backlog,
         stored: Stored,
         failures: Failures,
+        live: Live,
     ) -> None:
         import ray
 
         self.options, self.dataset, self.backlog = options, dataset, backlog
-        self.failures = failures
+        self.failures, self.live = failures, live
         self.form = problem.form()
         self.finished = set(stored.records)
         self.rows = self.already = stored.rows
@@ -182,6 +188,7 @@ class _Run:
                 for reference in ready:
                     self._collect(reference)
                 self.log.tick()
+                self.live.tick(self.rows, len(self.pool.actors))
                 progress.update(self.rows, f"{self.failures.failed:,} failed")
                 self.failures.check()
 
@@ -411,6 +418,8 @@ class _Run:
             return
         self._finish_shard(record)
         self.log.add(record)
+        if not by_other:
+            self.live.landed(record)
         if record.statuses.get("crashed") and not self.isolate:
             self.isolate = True
             say(
@@ -452,6 +461,7 @@ class _Run:
         for reference in list(actor.calls):
             del self.calls[reference]
         self.pool.end(actor)
+        self.live.died()
         if running is None:
             self._again(lost)
             return

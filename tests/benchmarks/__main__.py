@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import catalog, sampling, simulation, steps, streaming, training, tutorial
+from tests.benchmarks import (
+    catalog,
+    sampling,
+    serving,
+    simulation,
+    steps,
+    streaming,
+    training,
+    tutorial,
+)
 
 BENCHMARKS = {
     "tutorial": tutorial.run,
@@ -14,6 +23,7 @@ BENCHMARKS = {
     "sampling": sampling.run,
     "streaming": streaming.run,
     "catalog": catalog.run,
+    "serving": serving.run,
 }
 
 if __name__ == "__main__":

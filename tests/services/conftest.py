@@ -1,9 +1,10 @@
-"""One S3 server for the whole session, and a network before it that fails."""
+"""One S3 server for the whole session, a network before it that fails, and a browser."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -52,3 +53,21 @@ def proxy(s3_server) -> Iterator[Proxy]:
     running = Proxy(s3_server.port)
     yield running
     running.down()
+
+
+@pytest.fixture(scope="module")  # as its event loop keeps others from running
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright."""
+    missing = ""
+    try:
+        from tests.services.browser import CHROMIUM, chromium
+    except ImportError as error:
+        missing = str(error)
+    else:
+        missing = "" if CHROMIUM else "there is no program chromium"
+    if missing:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"no browser: {missing}")
+        pytest.skip(f"no browser: {missing}")
+    with chromium() as running:
+        yield running

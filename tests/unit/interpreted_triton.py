@@ -154,12 +154,12 @@ def test_an_estimator_draws_with_it(with_log_prob) -> None:
         [
             *fused.sample(noise, conditions, with_log_prob),
             *fused.draw(keys, 2, 6, conditions, with_log_prob),
-            fused.sample_columns(noise[:, 0], conditions, which),
+            fused.sample_columns(noise[:, 0], conditions, which, apart=False),
         ],
         [
             *steps.sample(noise, conditions, with_log_prob),
             *steps.draw(keys, 2, 6, conditions, with_log_prob),
-            steps.sample_columns(noise[:, 0], conditions, which),
+            steps.sample_columns(noise[:, 0], conditions, which, apart=False),
         ],
         strict=True,
     )

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from sbi_dist.metrics import CATALOGUE, Metric, add, set_gauge
+from sbi_dist.metrics import CATALOGUE, Metric, add, observe, set_gauge
 
 LABELS = {"experiment": "e", "model": "m"}
 # What Ray attaches to every series.
@@ -27,6 +27,10 @@ def test_names_follow_the_conventions_of_prometheus(metric: Metric) -> None:
     assert metric.description[0].isupper() and metric.description.endswith(".")
     assert all(re.fullmatch(r"[a-z][a-z_]*", label) for label in metric.labels)
     assert len(set(metric.labels)) == len(metric.labels) and not TAKEN & set(metric.labels)
+    assert bool(metric.boundaries) == (metric.kind == "histogram")
+    assert list(metric.boundaries) == sorted(set(metric.boundaries))
+    # Ray takes no other ones.
+    assert all(0 < bound < math.inf for bound in metric.boundaries)
 
 
 def test_names_are_unique_also_without_the_suffix() -> None:
@@ -43,6 +47,12 @@ def test_what_is_not_in_the_catalogue_is_refused() -> None:
         add("sbi_train_loss", 1.0, LABELS)
     with pytest.raises(ValueError, match="is no gauge"):
         set_gauge("sbi_train_restarts_total", 1.0, LABELS)
+    with pytest.raises(ValueError, match="is no histogram"):
+        observe("sbi_serve_draws_total", [1.0], LABELS)
+    with pytest.raises(ValueError, match="is no counter"):
+        add("sbi_serve_batch_draws", 1.0, LABELS)
+    with pytest.raises(ValueError, match="sbi_serve_batch_draws has the labels experiment, model"):
+        observe("sbi_serve_batch_draws", [1.0], {"experiment": "e"})
     for labels in ({}, {"experiment": "e"}, {**LABELS, "rank": "0"}):
         with pytest.raises(ValueError, match="sbi_train_loss has the labels experiment, model"):
             set_gauge("sbi_train_loss", 1.0, labels)
@@ -56,6 +66,7 @@ def test_outside_ray_nothing_is_exported_nor_ray_imported() -> None:
         "import sys; from sbi_dist import metrics; labels = {'experiment': 'e', 'model': 'm'}; "
         "metrics.set_gauge('sbi_train_loss', 1.0, labels); "
         "metrics.add('sbi_train_restarts_total', 1.0, labels); "
-        "assert not metrics._made and 'ray' not in sys.modules"
+        "metrics.observe('sbi_serve_batch_draws', [1.0], labels); "
+        "assert not metrics.export._made and 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

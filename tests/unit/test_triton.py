@@ -155,5 +155,5 @@ def test_all_of_it_is_on_one_device(kind) -> None:
     assert draws.shape == (3, 20, 30) and log_q is not None
     assert member.log_prob(draws.permute(1, 2, 0), conditions).shape == log_q.shape
     noise, which = draws[:, 0], torch.zeros(30, dtype=torch.int64, device="meta")
-    assert member.sample_columns(noise, conditions, which).device.type == "meta"
+    assert member.sample_columns(noise, conditions, which, apart=False).device.type == "meta"
     assert estimator.standardization.theta_sd.device.type == "cpu"

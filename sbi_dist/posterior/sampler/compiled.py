@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sbi_dist.estimation.density_estimator import DensityEstimator
 from sbi_dist.posterior.noise import normal_noise
-from sbi_dist.posterior.sampler.jobs import tiles
+from sbi_dist.posterior.sampler.jobs import APART, tiles
 from sbi_dist.posterior.sampler.nflows_run import NflowsProgram, NflowsRun
 from sbi_dist.posterior.sampler.program import FlowProgram, FlowRun, compile_flow
-from sbi_dist.posterior.sampler.step import Unknown
+from sbi_dist.posterior.sampler.step import Unknown, padding
 from sbi_dist.posterior.sampler.triton_choice import Fused, fused_flow
 
 __all__ = ["CompiledEstimator"]
@@ -77,7 +77,11 @@ class CompiledEstimator:
 
     def conditions(self, x: Tensor) -> Tensor:
         """All that draws need of observations x (M, *x_shape): (rows, M)."""
-        return self._program.conditions(self._estimator.embed(x.to(self._like.device)))
+        count = len(x)
+        if count and padding(count):
+            x = torch.cat([x, x[:1].expand(padding(count), *x.shape[1:])])
+        embedded = self._estimator.embed(x.to(self._like.device))
+        return self._program.conditions(embedded)[:, :count]
 
     def sample(
         self, noise: Tensor, conditions: Tensor, with_log_prob: bool = False
@@ -95,25 +99,27 @@ class CompiledEstimator:
             return self._theta(*self._fused.sample(noise, conditions, with_log_prob))
         u = noise.to(self._like.dtype, copy=True)
         log_q = self._log_normal(noise) if with_log_prob else None
-        for run, values, (draws, rows) in self._runs(u.shape[1:], conditions):
+        for run, values, log_det, (draws, rows) in self._runs(u.shape[1:], conditions):
             part = u[:, draws, rows]
             values.copy_(part)
             run.inverse(with_log_prob)
             part.copy_(values)
             if log_q is not None:
-                log_q[draws, rows] -= run.tile.log_det.view(part.shape[1:])
+                log_q[draws, rows] -= log_det
         return self._theta(u, log_q)
 
     def _theta(self, u: Tensor, log_q: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """theta of u (D, K, M), and its density of that of u (K, M)."""
         standardization, flat = self._estimator.standardization, u.flatten(1)
+        used = flat.shape[1]
+        flat = torch.nn.functional.pad(flat, (0, padding(used)))
         theta = torch.empty_like(flat, dtype=torch.float32)
         parts = zip(theta.split(self._mapped, 1), flat.split(self._mapped, 1), strict=True)
         for out, part in parts:
             out.copy_(standardization.theta(part.T).T)
         if log_q is not None:
-            log_q -= standardization.log_det_of_theta(flat.T).view_as(log_q)
-        return theta.view_as(u), log_q
+            log_q -= standardization.log_det_of_theta(flat.T)[:used].view_as(log_q)
+        return theta[:, :used].view_as(u), log_q
 
     def draw(
         self,
@@ -128,16 +134,21 @@ class CompiledEstimator:
             return self._theta(*self._fused.draw(keys, first, draws, conditions, with_log_prob))
         return self.sample(normal_noise(keys, first, draws, self.size), conditions, with_log_prob)
 
-    def sample_columns(self, noise: Tensor, conditions: Tensor, which: Tensor) -> Tensor:
-        """theta, float32 (D, n), of noise (D, n) for observations ``which`` (n,) of the job."""
+    def sample_columns(
+        self, noise: Tensor, conditions: Tensor, which: Tensor, apart: bool
+    ) -> Tensor:
+        """theta, float32 (D, n), of noise (D, n) for observations ``which`` (n,) of the job.
+
+        ``apart`` tells that the job is of one observation only, with many draws.
+        """
         if self._fused is not None:
             u = self._fused.sample_columns(noise, conditions, which)
             return self._theta(u.unsqueeze(1), None)[0].squeeze(1)
         count = len(which)
         # Lengths that come back, so that memory can be used again.
-        more = -count % min(_LEAST_COLUMNS, self.rows_at_once)
+        more = -count % (APART if apart else min(APART, self.rows_at_once))
         noise = torch.nn.functional.pad(noise, (0, more))
-        if conditions.shape[1] == 1:
+        if apart:
             return self.sample(noise.unsqueeze(2), conditions)[0].squeeze(2)[:, :count]
         which = torch.nn.functional.pad(which, (0, more))
         # Each of them has conditions of its own.
@@ -161,10 +172,10 @@ class CompiledEstimator:
             u[:, rows] = part.T
             log_q[rows] = log_det
         u, log_q = u.view(self.size, *shape), log_q.view(shape)
-        for run, values, (draws, rows) in self._runs(shape, conditions):
+        for run, values, log_det, (draws, rows) in self._runs(shape, conditions):
             values.copy_(u[:, draws, rows])
             run.forward()
-            log_q[draws, rows] += run.tile.log_det.view(values.shape[1:])
+            log_q[draws, rows] += log_det
             log_q[draws, rows] += self._log_normal(values)
         inside = standardization.bijection.contains(flat.double()).view(shape)
         return log_q.masked_fill_(~inside, -math.inf)
@@ -174,8 +185,9 @@ class CompiledEstimator:
 
     def _runs(
         self, shape: torch.Size, conditions: Tensor
-    ) -> Iterator[tuple[FlowRun | NflowsRun, Tensor, tuple[slice, slice]]]:
-        """Of each tile of (K, M): a run that knows its observations, its values, its place."""
+    ) -> Iterator[tuple[FlowRun | NflowsRun, Tensor, Tensor, tuple[slice, slice]]]:
+        """Of each tile of (K, M): a run that knows its observations, its values and log_det, its
+        place."""
         draws_in_all, observations = shape
         held: dict[tuple[int, int], FlowRun | NflowsRun] = {}
         place, knowing = slice(0), set[tuple[int, int]]()
@@ -190,7 +202,8 @@ class CompiledEstimator:
                     held[key].given(conditions[:, rows])
                     knowing.add(key)
                 tile = held[key].tile
-                yield held[key], tile.by_observation(tile.features), (draws, rows)
+                values, log_det = map(tile.by_observation, (tile.features, tile.log_det[None]))
+                yield held[key], values, log_det[0], (draws, rows)
         finally:
             for key, run in held.items():
                 self._give_back(key, run)

@@ -97,7 +97,7 @@ class CouplingStep:
 class _CouplingRun:
     def __init__(self, step: CouplingStep, tile: Tile) -> None:
         self._step, hidden = step, step.hidden
-        self._one = tile.observations == 1
+        self._one = tile.apart
         self._tile = tile
         self._fixed = tile.features[: step.fixed]
         self._hidden_one, self._first_one, self._second_one = (

@@ -16,11 +16,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-__all__ = ["MOST_DRAWS", "Job", "in_threads", "jobs", "tile_shape", "tiles"]
+__all__ = ["APART", "MOST_DRAWS", "Job", "in_threads", "jobs", "tile_shape", "tiles"]
 
 MOST_DRAWS = 32_768  # of a job
-# Observations that share a tile are its last dimension: with fewer, loops over it are too short,
-# and a tile of one observation is better, which has operations of its own.
+# Draws of an observation from which on its tiles are its own. They have operations of their own,
+# which round differently, so that the choice must not depend on the other observations.
+APART = 512
+# Observations that share a tile are its last dimension: loops over fewer are too short.
 _FEW = 16
 T = TypeVar("T")
 
@@ -44,7 +46,9 @@ def jobs(
     if observations * draws > most_draws // 2 or observations > most_rows:
         rows = _shared(observations, most_rows)
         if observations < 4:
-            each = _shared(draws, most_draws)
+            # Not so short that they, or the last of them, would no longer be drawn apart.
+            longest = -(-draws // max(1, draws // (2 * APART)))
+            each = max(_shared(draws, most_draws), longest)
     each = min(max(1, each), most_draws)
     for start in range(0, observations, max(1, rows)):
         for first in range(0, draws, each):
@@ -62,12 +66,11 @@ def _shared(total: int, most: int) -> int:
 
 def tile_shape(observations: int, draws: int, columns: int) -> tuple[int, int]:
     """Draws and observations of a tile of about so many columns in all."""
-    if draws >= columns // 2 or observations < _FEW:
-        observations, each = 1, min(draws, columns)
+    if draws >= APART:
+        observations = 1
     else:
         observations = min(observations, max(_FEW, columns // draws))
-        each = min(draws, max(1, columns // observations))
-    return _even(draws, each), observations
+    return _even(draws, min(draws, max(1, columns // observations))), observations
 
 
 def _even(total: int, most: int) -> int:
@@ -101,6 +104,7 @@ def in_threads(work: Callable[[T], None], items: Iterable[T], threads: int) -> N
     queue, lock, stop = iter(items), threading.Lock(), threading.Event()
 
     def drain() -> None:
+        torch.set_num_threads(1)  # BLAS takes the number of the thread that it is called from
         while not stop.is_set():
             with lock:
                 item = next(queue, None)
@@ -132,7 +136,7 @@ def _one_thread_each() -> Iterator[None]:
     with _counting:
         if _using == 0:
             _threads_before = torch.get_num_threads()
-            torch.set_num_threads(1)
+        torch.set_num_threads(1)  # also where another thread did: BLAS has a number for each
         _using += 1
     try:
         yield

@@ -37,17 +37,19 @@ class NflowsProgram:
 class NflowsRun:
     def __init__(self, transform: Any, tile: Tile) -> None:
         self._transform, self.tile = transform, tile
+        used = tile.draws * tile.observations
+        self._features, self._log_det = tile.features[:, :used], tile.log_det[:used]
 
     def given(self, conditions: Tensor) -> None:
         shape = (len(conditions), self.tile.draws, self.tile.observations)
         self._context = conditions.unsqueeze(1).expand(shape).reshape(len(conditions), -1).T
 
     def inverse(self, with_log_det: bool = False) -> None:
-        u, log_det = self._transform.inverse(self.tile.features.T, context=self._context)
-        self.tile.features.copy_(u.T)
-        self.tile.log_det.copy_(log_det)
+        u, log_det = self._transform.inverse(self._features.T, context=self._context)
+        self._features.copy_(u.T)
+        self._log_det.copy_(log_det)
 
     def forward(self) -> None:
-        noise, log_det = self._transform(self.tile.features.T, context=self._context)
-        self.tile.features.copy_(noise.T)
-        self.tile.log_det.copy_(log_det)
+        noise, log_det = self._transform(self._features.T, context=self._context)
+        self._features.copy_(noise.T)
+        self._log_det.copy_(log_det)

@@ -1,13 +1,14 @@
 """Draws and densities for many observations at once, in bounded memory and with all cores.
 
-The noise is a function of (model, observation, seed, number of the draw), see ``noise.py``; the
-rest is arithmetic, so that a draw is the same to rounding whatever it was computed with.
+The noise is a function of (model, observation, seed, number of the draw), see ``noise.py``. The
+rest is arithmetic whose order on a CPU depends on the number of draws, not on the observations that
+they are computed with: the same bits come out alone, in a batch or in a catalog.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from sbi_dist.estimation.ensemble import Ensemble, Estimator
 from sbi_dist.posterior.noise import normal_noise, stream_keys
 from sbi_dist.posterior.sampler.compiled import CompiledEstimator
-from sbi_dist.posterior.sampler.jobs import MOST_DRAWS, Job, in_threads, jobs
+from sbi_dist.posterior.sampler.jobs import APART, MOST_DRAWS, Job, in_threads, jobs
 
 __all__ = ["Sampler"]
 
@@ -53,7 +54,7 @@ class Sampler:
         x: Tensor,
         count: int,
         identity: str,
-        seed: int,
+        seed: int | Sequence[int],
         first: int = 0,
         with_log_prob: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -63,7 +64,7 @@ class Sampler:
             x: observations, float32 of shape (B, *x_shape), finite.
             count: draws of each.
             identity: the model's digest, part of the random stream.
-            seed: seed of the random streams.
+            seed: seed of the random streams, one or one for each observation.
             with_log_prob: whether to give the density of each draw too.
 
         Returns:
@@ -118,7 +119,9 @@ class Sampler:
             draws, rows = torch.nonzero(which == number, as_tuple=True)
             if len(rows):
                 part = noise[:-1, draws, rows]
-                theta[:, draws, rows] = member.sample_columns(part, conditions[number], rows)
+                theta[:, draws, rows] = member.sample_columns(
+                    part, conditions[number], rows, apart=count >= APART
+                )
         return theta
 
     def _log_density(self, theta: Tensor, conditions: list[Tensor]) -> Tensor:
@@ -132,6 +135,8 @@ class Sampler:
 
     def _work(self, work: Callable[[Job], None], observations: int, draws: int) -> None:
         most_rows = min(member.rows_at_once for member in self._members)
+        if self._ensemble is not None and draws >= APART:
+            most_rows = 1  # so that a member's draws are of one observation
         on_cpu = self._device.type == "cpu"
         most_draws = MOST_DRAWS if on_cpu else _DRAWS_ON_GPU
         todo = list(jobs(observations, draws, most_rows, most_draws))

@@ -115,7 +115,10 @@ class SplineRun:
         sizes = self._sizes
         # Far from all training data a network may give numbers of any size.
         if not self._on_cpu or not _moderate(sizes):
-            sizes.sub_(sizes.amax(0))
+            # Of the columns that need it alone, so that the others are what they are without them.
+            largest = sizes.amax(0)
+            calm = (largest < _LARGEST) & (sizes.amin(0) > -_LARGEST)
+            sizes.sub_(largest.masked_fill_(calm, 0.0))
         torch.exp2(sizes, out=sizes)
         for axis in range(2):
             torch.mm(spline._sums[axis], sizes[:, axis], out=self._knots[:, axis])

@@ -7,7 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Run", "Step", "Tile", "Unknown", "with_bias"]
+from sbi_dist.posterior.sampler.jobs import APART
+
+__all__ = ["Run", "Step", "Tile", "Unknown", "padding", "with_bias"]
 
 
 class Unknown(Exception):
@@ -22,17 +24,22 @@ class Tile:
         like: tells dtype and device.
 
     Attributes:
-        values: (D + 1, N) with N = K M, of which the last row is ones, so that a bias is one more
+        count: N, the columns: K M of them, and some that nobody reads, see ``padding``.
+        values: (D + 1, N), of which the last row is ones, so that a bias is one more
             column of the matrix before it.
         features: (D, N), the rows before it.
         log_det: (N,).
+        apart: whether it is of one observation, and big enough for operations of its own.
     """
 
     def __init__(self, features: int, draws: int, observations: int, like: Tensor) -> None:
         self.draws, self.observations = draws, observations
-        self.count = draws * observations
+        self._used = draws * observations
+        self.count = self._used + padding(self._used)
+        self.apart = observations == 1 and draws >= APART
         self._like, self._memory = like, dict[tuple, Tensor]()
         self.values = self.with_ones("values", features + 1, -1)
+        self.values[:-1] = 0.0
         self.features = self.values[:-1]
         self.log_det = self.space("log_det", self.count)
 
@@ -52,8 +59,17 @@ class Tile:
         return memory
 
     def by_observation(self, memory: Tensor) -> Tensor:
-        """(rows, N) as (rows, K, M)."""
-        return memory.view(len(memory), self.draws, self.observations)
+        """(rows, N) as (rows, K, M), without what nobody reads."""
+        return memory[:, : self._used].view(len(memory), self.draws, self.observations)
+
+
+def padding(columns: int) -> int:
+    """Columns to add, so that a draw is the same to the last bit whatever it is computed with.
+
+    BLAS adds up in another order where there are few columns (MKL below 12); and torch computes
+    the last elements of an array, where they fill no two registers, with other functions.
+    """
+    return -columns % 32
 
 
 class Run(Protocol):

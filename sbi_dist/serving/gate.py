@@ -1,0 +1,186 @@
+"""What every request passes before and after it is answered, as ASGI middleware.
+
+Its identifier, its token, its deadline, how it ended: for the metrics and the log. Whatever goes
+wrong becomes a problem document (RFC 9457), and nothing of the inside is told. What the answers
+are is not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import time
+import uuid
+from typing import Any
+
+import orjson
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sbi_dist import metrics
+from sbi_dist.serving.refusal import Refusal
+from sbi_dist.serving.service import Service
+
+__all__ = ["Gate", "problem"]
+
+_log = logging.getLogger("sbi_dist.serving")
+_IDENTIFIER = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_OPEN = ("/page/", "/v2/health/")
+_OPEN_PAGES = ("/", "/docs", "/openapi.json", "/favicon.ico")
+_OUTCOMES = {
+    400: "bad_request",
+    401: "unauthorized",
+    404: "not_found",
+    405: "bad_request",
+    408: "timeout",
+    409: "not_found",
+    413: "too_large",
+    415: "bad_request",
+    422: "bad_request",
+    429: "saturated",
+    503: "saturated",
+    504: "timeout",
+}
+_OPERATIONS = ("sample", "summary", "log_prob", "infer")
+
+
+class Gate:
+    """The way in and out.
+
+    Args:
+        app: what answers.
+        service: whose tokens and options hold.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        identifier = headers.get(b"x-request-id", "")
+        if not _IDENTIFIER.fullmatch(identifier):
+            identifier = uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"] = identifier
+        status, ended = 0, False
+
+        async def sending(message: Message) -> None:
+            nonlocal status, ended
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", identifier.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                ended = True
+
+        outcome = None
+        try:
+            self._check_token(scope["path"], headers.get(b"authorization"))
+            state["deadline"] = began + self._timeout(headers.get(b"x-timeout-s"))
+            await self._app(scope, receive, sending)
+        except Refusal as refusal:
+            if status:  # in the midst of an answer: the connection breaks off
+                outcome = _OUTCOMES.get(refusal.status, "error")
+                _log.warning("request %s broke off: %s", identifier, refusal.detail)
+                raise
+            await _answer(refusal, identifier, sending)
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except (ConnectionError, ClientDisconnect):
+            outcome = "cancelled"
+        except Exception:
+            outcome = "error"
+            _log.exception("request %s failed", identifier)
+            if status:
+                raise
+            failure = Refusal(
+                500,
+                "Internal error",
+                "the request failed for a reason that is in the service's log; give its operator "
+                "the identifier of the request",
+            )
+            await _answer(failure, identifier, sending)
+        finally:
+            if outcome is None:
+                outcome = "ok" if status < 400 else _OUTCOMES.get(status, "error")
+                if not ended or state.get("gone"):
+                    outcome = "cancelled"
+            self._tell(scope["path"], outcome, time.monotonic() - began)
+
+    def _check_token(self, path: str, authorization: str | None) -> None:
+        tokens = self._service.tokens
+        if tokens is None or path in _OPEN_PAGES or path.startswith(_OPEN):
+            return
+        if not tokens.accept(authorization):
+            raise Refusal(
+                401,
+                "Unauthorized",
+                "the request has no valid token; send the header Authorization: Bearer TOKEN",
+            )
+
+    def _timeout(self, given: str | None) -> float:
+        options = self._service.options
+        if given is None:
+            return options.timeout_s
+        try:
+            timeout = float(given)
+        except ValueError:
+            timeout = math.nan
+        if not timeout > 0:
+            raise Refusal(
+                400,
+                "Malformed header",
+                f"X-Timeout-S is {given[:40]!r}; it must be a number of seconds above 0",
+            )
+        return min(timeout, options.max_timeout_s)
+
+    def _tell(self, path: str, outcome: str, seconds: float) -> None:
+        last = path.rsplit("/", 1)[-1]
+        operation = last if last in _OPERATIONS else "other"
+        labels = {"experiment": self._service.experiment, "operation": operation}
+        metrics.add("sbi_serve_requests_total", 1, {**labels, "outcome": outcome})
+        if outcome == "ok":
+            metrics.observe("sbi_serve_request_seconds", [seconds], labels)
+
+
+def problem(refusal: Refusal, identifier: str) -> tuple[bytes, list[tuple[str, str]]]:
+    """Body and headers of a problem document."""
+    content: dict[str, Any] = {
+        "type": "urn:sbi-dist:" + re.sub(r"[^a-z]+", "-", refusal.title.lower()),
+        "title": refusal.title,
+        "status": refusal.status,
+        "detail": refusal.detail,
+        "instance": f"urn:request:{identifier}",
+        "request_id": identifier,
+        # What clients of the Open Inference Protocol read.
+        "error": refusal.detail,
+        **(refusal.extra or {}),
+    }
+    headers = [("content-type", "application/problem+json")]
+    if refusal.retry_after is not None:
+        headers.append(("retry-after", str(max(1, math.ceil(refusal.retry_after)))))
+    if refusal.status == 401:
+        headers.append(("www-authenticate", "Bearer"))
+    if refusal.status in (408, 413):
+        # What is left of the body is not read.
+        headers.append(("connection", "close"))
+    return orjson.dumps(content), headers
+
+
+async def _answer(refusal: Refusal, identifier: str, send: Send) -> None:
+    body, headers = problem(refusal, identifier)
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    raw.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
