@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ from sbi_dist.experiment import Experiment
 from sbi_dist.posterior.posterior import PROMOTED
 from sbi_dist.serving.options import ServeOptions
 from sbi_dist.serving.tokens import Tokens
-from sbi_dist.session import connect, require
+from sbi_dist.session import connected, require
 from sbi_dist.store import ObjectStore
 
 __all__ = ["serve"]
@@ -26,6 +28,7 @@ _APPLICATION = "sbi_dist"
 _LOOK_EVERY_S = 1.0
 # A load balancer needs this to see that a replica ends; HAProxy looks four times a second.
 _LEAVING_S = 3
+_GRACE_S = 10.0  # for what is to be done beside waiting
 # HAProxy takes paths of sockets up to 97; Serve appends a node's id and a name to the folder's.
 _LONGEST_FOLDER = 97 - len("/admin.sock") - 57
 _RANDOM = 8  # characters that mkdtemp appends
@@ -69,40 +72,59 @@ def serve(
 def _run(
     experiment: Experiment, address: str | None, detach: bool, say: Callable[[str], None]
 ) -> None:
-    connect(address)
-    # Imported late: Serve reads its settings from the environment when it is imported.
+    with contextlib.ExitStack() as ending:
+        ending.enter_context(connected(address))
+        # Imported late: Serve reads its settings from the environment when it is imported.
+        from ray import serve as ray_serve
+
+        from sbi_dist.serving.deployment import deployed
+
+        options = experiment.serve
+        require(options.resources(), options.min_replicas, "serve.min_replicas")
+        # Ray sets its own level when it is imported; of its messages only errors are the user's.
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        if not detach:
+            # Before it is begun: an interrupt may come in its midst.
+            ending.callback(_end, options.drain_s)
+        try:
+            ray_serve.start(http_options={"host": options.host, "port": options.port})
+            ray_serve.run(deployed(experiment), name=_APPLICATION, route_prefix="/", blocking=False)
+        except RuntimeError as error:
+            raise StageError(
+                f"serve: the service did not start ({str(error).splitlines()[-1][:300]}); the "
+                "replicas' log files in Ray's folder tell more"
+            ) from error
+        host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+        url = f"http://{host}:{options.port}"
+        say(f"serve: {experiment.name} is served at {url}/ (page), {url}/docs (interface)")
+        if detach:
+            say("serve: it goes on running; end it with `serve shutdown` on the cluster")
+            return
+        say("serve: Ctrl-C ends it")
+        try:
+            while _APPLICATION in ray_serve.status().applications:
+                time.sleep(_LOOK_EVERY_S)
+        except KeyboardInterrupt:
+            say("serve: requests that are being answered are finished, then it ends")
+            raise
+        raise StageError("serve: the service was ended from elsewhere")
+
+
+def _end(drain_s: float) -> None:
+    """End the application, and Serve if nothing else is served."""
     from ray import serve as ray_serve
 
-    from sbi_dist.serving.deployment import deployed
-
-    options = experiment.serve
-    require(options.resources(), options.min_replicas, "serve.min_replicas")
-    # Ray sets its own level when it is imported; of its messages only errors are the user's.
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    try:
-        ray_serve.start(http_options={"host": options.host, "port": options.port})
-        ray_serve.run(deployed(experiment), name=_APPLICATION, route_prefix="/", blocking=False)
-    except RuntimeError as error:
-        raise StageError(
-            f"serve: the service did not start ({str(error).splitlines()[-1][:300]}); the "
-            "replicas' log files in Ray's folder tell more"
-        ) from error
-    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
-    url = f"http://{host}:{options.port}"
-    say(f"serve: {experiment.name} is served at {url}/ (page), {url}/docs (interface)")
-    if detach:
-        say("serve: it goes on running; end it with `serve shutdown` on the cluster")
-        return
-    say("serve: Ctrl-C ends it")
-    try:
-        while True:
-            time.sleep(_LOOK_EVERY_S)
-            status = ray_serve.status().applications.get(_APPLICATION)
-            if status is None:
-                raise StageError("serve: the service was ended from elsewhere")
-    finally:
-        say("serve: requests that are being answered are finished, then it ends")
-        ray_serve.shutdown()
+    # The load balancer goes last, as Serve ends it without regard to the requests in it.
+    ray_serve.delete(_APPLICATION, _blocking=False)
+    end = time.monotonic() + drain_s + _LEAVING_S + _GRACE_S
+    while time.monotonic() < end and _APPLICATION in ray_serve.status().applications:
+        time.sleep(_LOOK_EVERY_S / 4)
+    if ray_serve.status().applications.keys() <= {_APPLICATION}:
+        # Ray tells on standard output that the controller, which ends itself, has ended.
+        with contextlib.redirect_stdout(io.StringIO()):
+            ray_serve.shutdown()
+            # Ray hears of it a little later.
+            time.sleep(_LOOK_EVERY_S / 4)
 
 
 def _folder() -> Path:
@@ -139,6 +161,8 @@ def _environment(options: ServeOptions, folder: Path) -> dict[str, str]:
     settings = {
         # Without a thread of its own for the application, a request costs less.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # That would also keep lines of the log back until there are a thousand.
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_LEAVING_S),
     }
     if options.proxy == "haproxy":

@@ -645,13 +645,18 @@ def test_parameters_to_plot(visit) -> None:
 
 
 def test_ten_thousand_draws_are_shown_at_once(visit) -> None:
+    """Where nothing else takes the machine, in about 0.1 s; see the test of the module."""
     seen = visit()
     page = seen.open()
-    seen.sample(pasted(X[:1]), draws=10_000)
+    seen.sample(pasted(X), draws=10_000)
+    for _ in range(2):
+        page.get_by_role("button", name="Next ›").click()
+        seen.shown()
     taken = page.evaluate(
-        "performance.getEntriesByType('measure').filter((e) => e.name === 'pairplot')[0].duration"
+        "performance.getEntriesByName('pairplot', 'measure').map((e) => e.duration)"
     )
-    assert taken < 300
+    of_observations = sorted(taken)[-3:]  # the others only draw again
+    assert of_observations[0] < 1000
 
 
 def test_the_picture_follows_the_width_of_the_window(visit) -> None:

@@ -280,6 +280,7 @@ byId('cancel').addEventListener('click', () => state.running?.abort());
 
 async function sample() {
   showProblem(null);
+  clearTimeout(timer); // it would take away what is said here
   const form = validate();
   if (!form.x.rows.length && !form.x.problems.length) {
     report('observations', ['Paste at least one observation, or open a file.'], []);

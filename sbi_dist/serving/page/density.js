@@ -89,21 +89,26 @@ export function density2d(x, y, xRange, yRange, columns, rows, masses) {
   const bandwidth = count ** (-1 / 6) * (1 - Math.min(correlation(x, y) ** 2, 0.99)) ** 0.25;
   smooth(grid, rows, columns, columns, 1, Math.max(bandwidth * x.spread * xScale, 0.8));
   smooth(grid, columns, rows, 1, columns, Math.max(bandwidth * y.spread * yScale, 0.8));
-  const place = (value, [low], scale, cells) =>
+  const place = (value, low, scale, cells) =>
     Math.min(Math.max((value - low) * scale - 0.5, 0), cells - 1);
-  const at = Float64Array.from({ length: count }, (_, i) => {
-    const [u, v] = [x.values[i], y.values[i]];
-    if (u < xRange[0] || u > xRange[1] || v < yRange[0] || v > yRange[1]) return 0;
-    return between(grid, columns, rows, place(u, xRange, xScale, columns), place(v, yRange, yScale, rows));
-  }).sort();
+  const at = new Float64Array(count);
+  for (let i = 0; i < count; i += 1) {
+    const u = x.values[i];
+    const v = y.values[i];
+    if (u < xRange[0] || u > xRange[1] || v < yRange[0] || v > yRange[1]) continue;
+    at[i] = between(grid, columns, rows, place(u, xRange[0], xScale, columns), place(v, yRange[0], yScale, rows));
+  }
+  at.sort();
   // Draws that are all the same lie in the middle of a cell, above any level below its density.
   return { grid, levels: masses.map((mass) => quantile(at, 1 - mass) * (1 - 1e-9)) };
 }
 
 /** Value between the centres of cells. */
 function between(grid, columns, rows, a, b) {
-  const [i, j] = [Math.min(Math.floor(a), columns - 2), Math.min(Math.floor(b), rows - 2)];
-  const [s, t] = [a - i, b - j];
+  const i = Math.min(Math.floor(a), columns - 2);
+  const j = Math.min(Math.floor(b), rows - 2);
+  const s = a - i;
+  const t = b - j;
   const corner = j * columns + i;
   return (
     (1 - t) * ((1 - s) * grid[corner] + s * grid[corner + 1]) +
@@ -150,13 +155,15 @@ export function contourRings(grid, columns, rows, level) {
   const wide = columns + 4;
   const tall = rows + 4;
   const clamp = (i, n) => Math.min(Math.max(i, 0), n - 1);
-  const at = (i, j) =>
-    i === 0 || j === 0 || i === wide - 1 || j === tall - 1
-      ? -1
-      : grid[clamp(j - 2, rows) * columns + clamp(i - 2, columns)];
+  const padded = new Float64Array(wide * tall).fill(-1);
+  for (let j = 1; j < tall - 1; j += 1) {
+    const row = clamp(j - 2, rows) * columns;
+    for (let i = 1; i < wide - 1; i += 1) padded[j * wide + i] = grid[row + clamp(i - 2, columns)];
+  }
   const place = (i, n) => Math.min(Math.max(i - 1.5, 0), n);
   const crossing = (i, j, upward) => {
-    const [a, b] = [at(i, j), upward ? at(i, j + 1) : at(i + 1, j)];
+    const a = padded[j * wide + i];
+    const b = padded[upward ? (j + 1) * wide + i : j * wide + i + 1];
     const part = (level - a) / (b - a);
     const x0 = place(i, columns);
     const y0 = place(j, rows);
@@ -169,11 +176,14 @@ export function contourRings(grid, columns, rows, level) {
   for (let j = 0; j < tall - 1; j += 1) {
     for (let i = 0; i < wide - 1; i += 1) {
       const corner = j * wide + i;
-      const [bottom, left] = [2 * corner, 2 * corner + 1];
-      const [top, right] = [2 * (corner + wide), 2 * (corner + 1) + 1];
-      const [ll, lr, ur, ul] = [at(i, j), at(i + 1, j), at(i + 1, j + 1), at(i, j + 1)];
+      const ll = padded[corner];
+      const lr = padded[corner + 1];
+      const ur = padded[corner + wide + 1];
+      const ul = padded[corner + wide];
       const code = (ll >= level) | ((lr >= level) << 1) | ((ur >= level) << 2) | ((ul >= level) << 3);
       if (code === 0 || code === 15) continue;
+      const [bottom, left] = [2 * corner, 2 * corner + 1];
+      const [top, right] = [2 * (corner + wide), 2 * (corner + 1) + 1];
       const joined = ll + lr + ur + ul >= 4 * level; // of a saddle
       for (const [from, to] of segments(code, joined, bottom, right, top, left)) next.set(from, to);
     }

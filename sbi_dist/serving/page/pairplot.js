@@ -126,7 +126,9 @@ export function drawPairs(canvas, prepared, { labels, width, scale, colours }) {
     context.restore();
   }
   context.font = font(type);
-  drawLegend(context, prepared, size === 1 ? { x: left, y: 8, across: true } : { x: full - 8, y: top + 10, across: false }, type, colours);
+  // Where a picture is wider than its frame, within what is seen at first.
+  const corner = { x: Math.min(full, Math.max(width, left + 3 * panel)) - 8, y: top + 10, across: false };
+  drawLegend(context, prepared, size === 1 ? { x: left, y: 8, across: true } : corner, type, colours);
 }
 
 const scaleOf = ([low, high], origin, length) => (value) => origin + ((value - low) / (high - low)) * length;
