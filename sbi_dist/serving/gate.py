@@ -85,7 +85,8 @@ class Gate:
 
         outcome = None
         try:
-            self._check_token(scope["path"], headers.get(b"authorization"))
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            self._check_token(path, headers.get(b"authorization"))
             state["deadline"] = began + self._timeout(headers.get(b"x-timeout-s"))
             await self._app(scope, receive, sending)
         except Refusal as refusal:

@@ -320,7 +320,8 @@ class Models:
         except Unreachable as error:
             if not self._unreachable:
                 _log.warning("the store can't be read, what is loaded is served: %s", error)
-                self._on_event("unreachable", self._wanted or _PROMOTED)
+            # Each time: an alert looks whether it goes on.
+            self._on_event("unreachable", self._wanted or _PROMOTED)
             self._unreachable = True
         finally:
             self._looked = time.monotonic()
