@@ -47,7 +47,7 @@ def make_app(service: Service, manages: bool = True) -> FastAPI:
 
     Args:
         service: what answers.
-        manages: whether the application starts and ends the service.
+        manages: whether the application starts and ends the service; on Ray Serve a replica does.
     """
 
     @contextlib.asynccontextmanager
@@ -67,7 +67,7 @@ def make_app(service: Service, manages: bool = True) -> FastAPI:
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.add_middleware(Gate, service=service)
+    app.add_middleware(Gate, service=service, names=manages)
     app.include_router(_page())
     app.include_router(_models(service))
     app.include_router(open_inference(service))

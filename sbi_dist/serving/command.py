@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import random
 import shutil
 import socket
 import tempfile
@@ -32,6 +33,7 @@ _GRACE_S = 10.0  # for what is to be done beside waiting
 # HAProxy takes paths of sockets up to 97; Serve appends a node's id and a name to the folder's.
 _LONGEST_FOLDER = 97 - len("/admin.sock") - 57
 _RANDOM = 8  # characters that mkdtemp appends
+_PORTS = range(20_000, 30_000)
 
 
 def serve(
@@ -166,7 +168,7 @@ def _environment(options: ServeOptions, folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_LEAVING_S),
     }
     if options.proxy == "haproxy":
-        ports = [str(port) for port in _free_ports(2)]
+        ports = [str(port) for port in _free_ports(4)]
         settings |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -175,6 +177,10 @@ def _environment(options: ServeOptions, folder: Path) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
             "RAY_SERVE_HAPROXY_METRICS_PORT": ports[0],
             "RAY_SERVE_HAPROXY_STATS_PORT": ports[1],
+            # Where HAProxy turns while no replica answers. By default all services of a machine
+            # share these ports, and get each other's requests, past their tokens.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": ports[2],
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": ports[3],
             "RAY_SERVE_HAPROXY_NBTHREAD": "1" if (os.cpu_count() or 1) < 8 else "4",
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(options.drain_s) + 5),
         }
@@ -182,11 +188,12 @@ def _environment(options: ServeOptions, folder: Path) -> dict[str, str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Ports outside of the ranges that Ray's processes and the system take theirs from."""
+    found: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise StageError("serve: there are no free ports between 20000 and 29999 on this machine")

@@ -52,10 +52,11 @@ class Gate:
     Args:
         app: what answers.
         service: whose tokens and options hold.
+        names: whether to put X-Request-ID into answers; Ray Serve does so itself.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
+    def __init__(self, app: ASGIApp, service: Service, names: bool = True) -> None:
+        self._app, self._service, self._names = app, service, names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,9 +77,10 @@ class Gate:
                 status = message["status"]
                 message["headers"] = [
                     *message.get("headers", ()),
-                    (b"x-request-id", identifier.encode()),
                     (b"x-content-type-options", b"nosniff"),
                 ]
+                if self._names:
+                    message["headers"].append((b"x-request-id", identifier.encode()))
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 ended = True
