@@ -6,15 +6,14 @@ Nothing here knows of parts, stores or other processes.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import torch
 
 from sbi_dist.catalog.options import InferOptions
 from sbi_dist.catalog.plan import rows_at_once
-from sbi_dist.catalog.rows import FAILED, LOW_ESS, Rows
-from sbi_dist.catalog.summary import Summary, summarize
+from sbi_dist.catalog.rows import ABOUT_X, FAILED, LOW_ESS, Rows
+from sbi_dist.catalog.summary import Summary, of_highest_density, summarize
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.posterior.importance import weigh
 from sbi_dist.posterior.posterior import Posterior
@@ -24,8 +23,6 @@ __all__ = ["LEAST_SAMPLE_SIZE", "Drawer", "Drawn"]
 
 # Fewer effective draws than this do not describe a posterior.
 LEAST_SAMPLE_SIZE = 100
-# Columns that tell of the observation, whatever becomes of its draws.
-_ABOUT_X = ("out_of_distribution", "out_of_distribution_p")
 # Draws of one call of the sampler, where one observation has more.
 _CALL_DRAWS = 2**20
 
@@ -81,7 +78,7 @@ class Drawer:
             for name, shape in self._shapes().items()
         }
         about_x = self._posterior.out_of_distribution(torch.from_numpy(rows.x))
-        columns.update(zip(_ABOUT_X, about_x, strict=True))
+        columns.update(zip(ABOUT_X, about_x, strict=True))
         drawn = Drawn(Rows(rows.ids, rows.x, status), columns)
         usable = rows.usable
         draws = max(self._options.num_samples, self._options.proposals or 0)
@@ -101,7 +98,7 @@ class Drawer:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         options, size = self._options, self._size
         shapes: dict[str, tuple[int, ...]] = {"effective_sample_size": (), "log_evidence": ()}
-        shapes |= dict.fromkeys(_ABOUT_X, ())
+        shapes |= dict.fromkeys(ABOUT_X, ())
         if options.keeps_draws:
             shapes["draws"] = (options.num_samples, size)
         if options.summarizes:
@@ -132,7 +129,7 @@ class Drawer:
 
     def _fail(self, drawn: Drawn, which: np.ndarray) -> None:
         drawn.rows.status[which] = FAILED
-        for name in self._shapes().keys() - set(_ABOUT_X):
+        for name in self._shapes().keys() - set(ABOUT_X):
             drawn.columns[name][which] = np.nan
 
     def _draw(
@@ -180,7 +177,7 @@ class Drawer:
                 drawn.columns[field.name][which] = getattr(summary, field.name)
             if best is None:
                 assert log_q is not None
-                best = draws[np.arange(len(draws)), _highest(log_q)]
+                best = of_highest_density(draws, log_q)
             drawn.columns["map"][which] = best
 
     def _weigh(self, drawn: Drawn, which: np.ndarray) -> None:
@@ -216,8 +213,3 @@ class Drawer:
                 self._fill(drawn, one, *own)
             else:
                 self._fill(drawn, one, *self._draw(drawn, one, options.num_samples))
-
-
-def _highest(log_q: np.ndarray) -> np.ndarray:
-    """Index of the largest value of each row, where NaN is none."""
-    return np.where(np.isnan(log_q), -math.inf, log_q).argmax(axis=1)

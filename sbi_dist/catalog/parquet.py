@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sbi_dist.catalog.file import CatalogFile, Readable
-from sbi_dist.catalog.rows import ID, Rows, depth, identifiers, require_numbers
+from sbi_dist.catalog.rows import ID, Rows, identifiers, require_numbers, row_shape
 from sbi_dist.errors import InputError
 
 __all__ = ["ParquetSource"]
@@ -48,7 +48,7 @@ class ParquetSource:
         for each in names:
             require_numbers(schema.field(each).type, each)
         self._columns = names
-        shape = _shape(schema.field("x").type) if self._has_x else (len(names),)
+        shape = row_shape(schema.field("x").type) if self._has_x else (len(names),)
         if shape is not None and not self._fits(shape):
             raise self.misfit(shape)
 
@@ -131,36 +131,7 @@ class ParquetSource:
         ids = identifiers(batch[ID] if self._has_ids else None, first, len(batch))
         if not self._has_x:
             return Rows.of_columns(ids, [batch[name] for name in self._columns], self._x_shape)
-        column = batch["x"]
-        if not isinstance(column.type, pa.FixedShapeTensorType):
-            if not depth(column.type):
-                return Rows.of_columns(ids, [column], self._x_shape)
-            return Rows.of_lists(ids, column, self._x_shape)
-        kind, flat = column.type, (math.prod(self._x_shape),)
-        rows = Rows.of_lists(ids, column.storage, flat)
-        x = rows.x.reshape(len(rows), *kind.shape)
-        x = x.transpose(0, *(1 + axis for axis in _order(kind)))
-        return Rows(ids, np.ascontiguousarray(x).reshape(-1, *self._x_shape), rows.status)
-
-
-def _order(kind: pa.FixedShapeTensorType) -> list[int]:
-    """The stored axes of a tensor in the order that it means."""
-    return list(range(len(kind.shape)) if kind.permutation is None else kind.permutation)
-
-
-def _shape(kind: pa.DataType) -> tuple[int, ...] | None:
-    """Shape of every row of a column, where its type tells."""
-    if isinstance(kind, pa.FixedShapeTensorType):
-        return tuple(kind.shape[axis] for axis in _order(kind))
-    if not depth(kind):
-        return (1,)
-    lengths = []
-    while depth(kind):
-        if not pa.types.is_fixed_size_list(kind):
-            return None
-        lengths.append(kind.list_size)
-        kind = kind.value_type
-    return tuple(lengths)
+        return Rows.of_column(ids, batch["x"], self._x_shape)
 
 
 def _lengths(value: Any) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from sbi_dist.errors import InputError
 
 __all__ = [
+    "ABOUT_X",
     "FAILED",
     "ID",
     "LOW_ESS",
@@ -26,9 +27,12 @@ __all__ = [
     "depth",
     "identifiers",
     "require_numbers",
+    "row_shape",
 ]
 
 ID = "observation_id"
+# What is told of an observation, whatever becomes of its draws.
+ABOUT_X = ("out_of_distribution", "out_of_distribution_p")
 
 # Those of a row as it is read, and what may come of one that is ok.
 STATUSES = ("ok", "nonfinite", "null", "wrong_length", "failed", "low_ess")
@@ -106,6 +110,19 @@ class Rows:
         return cls.of_arrays(ids, values, x_shape, null)
 
     @classmethod
+    def of_column(cls, ids: pa.Array, column: pa.Array, x_shape: tuple[int, ...]) -> Rows:
+        """Rows of one column: of tensors of ``row_shape``, of (nested) lists, or of numbers."""
+        kind = column.type
+        if not isinstance(kind, pa.FixedShapeTensorType):
+            if not depth(kind):
+                return cls.of_columns(ids, [column], x_shape)
+            return cls.of_lists(ids, column, x_shape)
+        rows = cls.of_lists(ids, column.storage, (math.prod(x_shape),))
+        x = rows.x.reshape(len(rows), *kind.shape)
+        x = x.transpose(0, *(1 + axis for axis in _axes(kind)))
+        return cls(ids, np.ascontiguousarray(x).reshape(-1, *x_shape), rows.status)
+
+    @classmethod
     def concatenate(cls, parts: Sequence[Rows]) -> Rows:
         """Rows one after the other."""
         if len(parts) == 1:
@@ -136,6 +153,26 @@ def identifiers(column: pa.Array | None, start: int, count: int) -> pa.Array:
 def depth(kind: pa.DataType) -> int:
     """How many lists deep the numbers of a column are."""
     return 1 + depth(kind.value_type) if _is_list(kind) else 0
+
+
+def row_shape(kind: pa.DataType) -> tuple[int, ...] | None:
+    """Shape of every row of a column, where its type tells."""
+    if isinstance(kind, pa.FixedShapeTensorType):
+        return tuple(kind.shape[axis] for axis in _axes(kind))
+    if not depth(kind):
+        return (1,)
+    lengths = []
+    while depth(kind):
+        if not pa.types.is_fixed_size_list(kind):
+            return None
+        lengths.append(kind.list_size)
+        kind = kind.value_type
+    return tuple(lengths)
+
+
+def _axes(kind: pa.FixedShapeTensorType) -> list[int]:
+    """The stored axes of a tensor in the order that it means."""
+    return list(range(len(kind.shape)) if kind.permutation is None else kind.permutation)
 
 
 def require_numbers(kind: pa.DataType, name: str) -> None:

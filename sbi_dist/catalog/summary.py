@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["Summary", "summarize"]
+__all__ = ["Summary", "of_highest_density", "summarize"]
 
 # Numbers in float64 at once; and draws of one sum, as BLAS brings in other threads for more.
 _AT_ONCE, _DRAWS_AT_ONCE = 2**18, 8192
@@ -61,6 +61,11 @@ def summarize(draws: np.ndarray, levels: Sequence[float], mass: float) -> Summar
     with np.errstate(over="ignore"):  # a variance beyond float32 is infinite
         mean, sd, covariance = (each.astype(np.float32) for each in (mean, sd, covariance))
     return Summary(mean, sd, covariance, quantiles, hdi)
+
+
+def of_highest_density(draws: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """(B, D): of draws (B, N, D) those of the largest log q (B, N), where NaN is none."""
+    return draws[np.arange(len(draws)), np.where(np.isnan(log_q), -math.inf, log_q).argmax(axis=1)]
 
 
 def _moments(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,12 +10,10 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from sbi_dist.catalog.rows import ID, STATUSES, Rows
+from sbi_dist.catalog.rows import ABOUT_X, ID, STATUSES, Rows
 from sbi_dist.serving.question import Question
 
-__all__ = ["ArrowAnswer", "Block", "JsonAnswer", "bytes_of", "columns_of"]
-
-_SCORES = ("out_of_distribution", "out_of_distribution_p")
+__all__ = ["ArrowAnswer", "Block", "JsonAnswer", "bytes_of", "columns_of", "slices"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +72,13 @@ class JsonAnswer:
     def block(self, block: Block) -> bytes:
         rows = block.rows
         ids, statuses = rows.ids.to_pylist(), [STATUSES[each] for each in rows.status]
-        scores = [block.columns[name] for name in _SCORES]
+        scores = [block.columns[name] for name in ABOUT_X]
         values = [np.ascontiguousarray(block.columns[name]) for name in self._names]
         usable = set(rows.usable.tolist())
         observations = []
         for number, (identity, status) in enumerate(zip(ids, statuses, strict=True)):
             observation = {ID: identity, "status": status}
-            for name, score in zip(_SCORES, scores, strict=True):
+            for name, score in zip(ABOUT_X, scores, strict=True):
                 observation[name] = float(score[number])
             for name, each in zip(self._names, values, strict=True):
                 observation[name] = each[number] if number in usable else None
@@ -103,7 +101,7 @@ class ArrowAnswer:
     def __init__(self, about: dict[str, Any], question: Question, size: int) -> None:
         self._shapes = columns_of(question, size)
         fields = [pa.field(ID, pa.string()), pa.field("status", pa.string())]
-        fields += [pa.field(name, pa.float32()) for name in _SCORES]
+        fields += [pa.field(name, pa.float32()) for name in ABOUT_X]
         fields += [
             pa.field(name, pa.fixed_shape_tensor(pa.float32(), shape))
             for name, shape in self._shapes.items()
@@ -122,7 +120,7 @@ class ArrowAnswer:
         rows = block.rows
         statuses = pa.array(np.array(STATUSES, dtype=object)[rows.status], pa.string())
         arrays = [rows.ids, statuses]
-        arrays += [pa.array(block.columns[name], pa.float32()) for name in _SCORES]
+        arrays += [pa.array(block.columns[name], pa.float32()) for name in ABOUT_X]
         for name in self._shapes:
             values = np.ascontiguousarray(block.columns[name])
             tensors = pa.FixedSizeListArray.from_arrays(

@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from sbi_dist.serving.answer import ArrowAnswer, Block, JsonAnswer
 from sbi_dist.serving.body import body_of
@@ -180,7 +181,7 @@ async def _asked(service: Service, operation: Any, name: str, request: Request) 
     else:
         answer = JsonAnswer(about, question, size)
     headers = {"X-SBI-Model": model.id}
-    if service.is_small(model, question):
+    if service.is_small(question):
         give_back = service.memory.take(3 * service.bytes_of(model, question))
         try:
             block = await while_there(request, service.block(model, question, deadline))
@@ -191,9 +192,17 @@ async def _asked(service: Service, operation: Any, name: str, request: Request) 
     # The first block before the head of the answer: whatever is refused is refused by then.
     blocks = service.blocks(model, question, deadline)
     first = await while_there(request, anext(blocks))
-    return StreamingResponse(
-        _streamed(answer, first, blocks), media_type=answer.media_type, headers=headers
-    )
+    return _Stream(_streamed(answer, first, blocks), media_type=answer.media_type, headers=headers)
+
+
+class _Stream(StreamingResponse):
+    """One that ends what makes it at once, however it ends: others wait for its turns."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
 
 async def _streamed(

@@ -23,7 +23,7 @@ from sbi_dist.serving.tokens import Tokens
 from sbi_dist.session import connected, require
 from sbi_dist.store import ObjectStore
 
-__all__ = ["serve"]
+__all__ = ["environment", "serve"]
 
 _APPLICATION = "sbi_dist"
 _LOOK_EVERY_S = 1.0
@@ -64,7 +64,7 @@ def serve(
         _require_port(options)
     folder = _folder()
     try:
-        for name, value in _environment(options, folder).items():
+        for name, value in environment(options, folder).items():
             os.environ.setdefault(name, value)
         _run(experiment, address, detach, say)
     finally:
@@ -158,7 +158,7 @@ def _require_port(options: ServeOptions) -> None:
             ) from error
 
 
-def _environment(options: ServeOptions, folder: Path) -> dict[str, str]:
+def environment(options: ServeOptions, folder: Path) -> dict[str, str]:
     """What Ray Serve reads when it starts on this machine."""
     settings = {
         # Without a thread of its own for the application, a request costs less.

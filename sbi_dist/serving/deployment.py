@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
@@ -65,8 +66,6 @@ class Posteriors:
     async def __init__(  # type: ignore[misc]
         self, store: ObjectStore, experiment: str, options: ServeOptions
     ) -> None:
-        import torch
-
         torch.set_num_threads(max(1, int(options.cpus_per_replica)))
         device = "cuda" if options.gpus_per_replica else "cpu"
         name = serve.get_replica_context().replica_id.unique_id
@@ -93,7 +92,6 @@ def deployed(experiment: Experiment) -> serve.Application:
     """The application of an experiment's service."""
     options = experiment.serve
     store = open_store(experiment.store, min(_PATIENCE_S, experiment.store_patience_s))
-    resources = options.resources()
     scaling: dict[str, Any] = {"num_replicas": options.min_replicas}
     most = options.max_replicas or options.min_replicas
     if most > options.min_replicas:
@@ -116,8 +114,8 @@ def deployed(experiment: Experiment) -> serve.Application:
         health_check_period_s=5.0,
         health_check_timeout_s=30.0,
         ray_actor_options={
-            "num_cpus": resources.get("CPU", 0),
-            "num_gpus": resources.get("GPU", 0),
+            "num_cpus": options.cpus_per_replica,
+            "num_gpus": options.gpus_per_replica,
         },
         **scaling,
     ).bind(store.child(experiment.name), experiment.name, options)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sbi_dist.catalog.summary import summarize
+from sbi_dist.catalog.summary import of_highest_density, summarize
 from sbi_dist.posterior.posterior import Posterior
 
 __all__ = ["Drawing", "Summarized", "compute", "summary_of"]
@@ -108,8 +108,7 @@ def summary_of(columns: Columns, summarized: Summarized) -> Columns:
     safe = draws if finite.all() else np.where(finite[:, None, None], draws, 0.0)
     summary = summarize(safe, summarized.quantiles, summarized.hdi)
     found = {field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}
-    best = np.where(np.isnan(log_q), -np.inf, log_q).argmax(axis=1)
-    found["map"] = safe[np.arange(len(safe)), best]
+    found["map"] = of_highest_density(safe, log_q)
     if not finite.all():
         for values in found.values():
             values[~finite] = np.nan

@@ -43,6 +43,8 @@ _OUTCOMES = {
     503: "saturated",
     504: "timeout",
 }
+# A reader that takes nothing for so long, beyond its request's time, is given up.
+_STALLED_S = 10.0
 _OPERATIONS = ("sample", "summary", "log_prob", "infer")
 
 
@@ -81,7 +83,9 @@ class Gate:
                 ]
                 if self._names:
                     message["headers"].append((b"x-request-id", identifier.encode()))
-            await send(message)
+            left = max(0.0, state["deadline"] - time.monotonic()) if "deadline" in state else 0.0
+            async with asyncio.timeout(left + _STALLED_S):
+                await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 ended = True
 
@@ -102,6 +106,10 @@ class Gate:
             raise
         except (ConnectionError, ClientDisconnect):
             outcome = "cancelled"
+        except TimeoutError:
+            outcome = "timeout"
+            _log.warning("request %s broke off: its answer was not taken", identifier)
+            raise
         except Exception:
             outcome = "error"
             _log.exception("request %s failed", identifier)

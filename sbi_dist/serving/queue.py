@@ -4,7 +4,8 @@ A request hands in pieces, a few at a time, so that a large one takes turns with
 than its place before them. What a piece is and how pieces are computed is not known here.
 
 - Pieces that may share a call (equal ``key``) form a batch, in the order in which they came.
-- A piece whose deadline is near goes first, where it can still be met.
+- A piece whose deadline has come near while it waited goes first, where it can still be met; one
+  that came with little time has no place before the others for that.
 - A piece whose deadline is past, or whose caller is gone, is dropped before anything is computed.
 - A request is turned away at once where it would wait for too long. The wait is what the others
   have before it when all take turns: a small request does not wait for the whole of a large one.
@@ -272,7 +273,8 @@ class DrawQueue:
         return batch
 
     def _urgent(self, piece: Piece, now: float) -> bool:
-        return piece.ticket.deadline - now < 2 * BATCH_S + piece.cost / self.rate
+        enough = 2 * BATCH_S + piece.cost / self.rate
+        return piece.ticket.deadline - now < enough <= piece.ticket.deadline - piece.came
 
 
 def past_deadline() -> Refusal:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-import os
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 
 from sbi_dist import metrics
-from sbi_dist.catalog.rows import FAILED, Rows
+from sbi_dist.catalog.rows import ABOUT_X, FAILED, STATUSES, Rows
 from sbi_dist.serving.answer import Block, bytes_of, columns_of, slices
 from sbi_dist.serving.drawing import Columns, Drawing, compute, summary_of
 from sbi_dist.serving.models import Model, Models
@@ -28,7 +28,9 @@ from sbi_dist.serving.refusal import Refusal
 from sbi_dist.serving.tokens import Tokens
 from sbi_dist.store import ObjectStore
 
-__all__ = ["Service"]
+__all__ = ["Memory", "Service"]
+
+_log = logging.getLogger("sbi_dist.serving")
 
 # Pieces of one request in the queue: one is computed while the other's result is sent.
 _PIECES_AHEAD = 2
@@ -125,7 +127,7 @@ class Service:
         Raises:
             Refusal: 503 too much is to be done; 504 the deadline is past.
         """
-        rows, each = question.rows, self._rows_at_once(model, question)
+        rows, each = question.rows, self._rows_at_once(question)
         with self.queue.admitted(self.cost(question), deadline) as ticket:
             if len(rows) <= each:
                 yield await self._block(model, question, rows, slice(None), ticket)
@@ -154,27 +156,20 @@ class Service:
         columns = {name: np.concatenate([block.columns[name] for block in found]) for name in names}
         return Block(Rows.concatenate([block.rows for block in found]), columns)
 
-    def is_small(self, model: Model, question: Question) -> bool:
+    def is_small(self, question: Question) -> bool:
         """Whether an answer is one block."""
-        return len(question.rows) <= self._rows_at_once(model, question)
+        return len(question.rows) <= self._rows_at_once(question)
 
-    def _rows_at_once(self, model: Model, question: Question) -> int:
+    def _rows_at_once(self, question: Question) -> int:
         return max(1, int(self.queue.batch_cost // (question.num_samples + _COST_OF_OBSERVATION)))
 
     async def _block(
         self, model: Model, question: Question, rows: Rows, some: slice, ticket: Ticket
     ) -> Block:
-        size = model.posterior.estimator.num_parameters
-        columns = {
-            name: np.full((len(rows), *shape), np.nan, np.float32)
-            for name, shape in columns_of(question, size).items()
-        }
-        for name in ("out_of_distribution", "out_of_distribution_p"):
-            columns[name] = np.full(len(rows), np.nan, np.float32)
         status, usable = rows.status.copy(), rows.usable
+        found: Columns | None = None
         if len(usable):
-            whole = len(usable) == len(rows)
-            theta = question.theta
+            whole, theta = len(usable) == len(rows), question.theta
             if theta is not None:
                 theta = (
                     np.broadcast_to(theta, (len(usable), *theta.shape[1:]))
@@ -191,16 +186,17 @@ class Service:
                 theta=theta,
             )
             found = await self._made(drawing, ticket)
-            if found is None:
-                status[usable] = FAILED
-            else:
-                _put(found, columns, usable, whole)
-                if question.theta is None:
-                    first = columns["mean" if question.summarized else "draws"][usable]
-                    finite = np.isfinite(first.reshape(len(usable), -1)).all(axis=1)
-                else:  # outside the support it is infinite
-                    finite = ~np.isnan(columns["log_prob"][usable]).all(axis=1)
-                status[usable[~finite]] = FAILED
+        shapes = columns_of(question, model.posterior.estimator.num_parameters)
+        columns = _in_place(found or {}, shapes | dict.fromkeys(ABOUT_X, ()), usable, len(rows))
+        if found is None:
+            status[usable] = FAILED
+        else:
+            if question.theta is None:
+                first = found["mean" if question.summarized else "draws"]
+                finite = np.isfinite(first.reshape(len(usable), -1)).all(axis=1)
+            else:  # outside the support it is infinite
+                finite = ~np.isnan(found["log_prob"]).all(axis=1)
+            status[usable[~finite]] = FAILED
         self._tell(model, status, columns["out_of_distribution_p"])
         return Block(Rows(rows.ids, rows.x, status), columns)
 
@@ -238,7 +234,7 @@ class Service:
         except Exception as error:
             if len(drawing.x) > 1:
                 return await self._halves(drawing, ticket)
-            self._failure(error)
+            _log.warning("an observation can't be drawn for: %s: %s", type(error).__name__, error)
             return None
 
     async def _halves(self, drawing: Drawing, ticket: Ticket) -> Columns | None:
@@ -267,9 +263,6 @@ class Service:
         cost = len(drawing.x) * (drawing.count + _COST_OF_OBSERVATION)
         return await self.queue.computed(Piece(ticket, drawing.key, cost, drawing))
 
-    def _failure(self, error: Exception) -> None:
-        self.failure = f"{type(error).__name__}: {error}"
-
     # ---- what is told ----
 
     def bytes_of(self, model: Model, question: Question) -> int:
@@ -277,8 +270,6 @@ class Service:
         return len(question.rows) * bytes_of(question, model.posterior.estimator.num_parameters)
 
     def _tell(self, model: Model, status: np.ndarray, p: np.ndarray) -> None:
-        from sbi_dist.catalog.rows import STATUSES
-
         for number, count in enumerate(np.bincount(status, minlength=len(STATUSES))):
             if count:
                 self._drawn["sbi_serve_observations_total", model.id, STATUSES[number]] += int(
@@ -341,13 +332,19 @@ class Service:
         self._were_set = now
 
 
-def _put(found: Columns, columns: Columns, usable: np.ndarray, whole: bool) -> None:
-    for name in columns:
+def _in_place(
+    found: Columns, shapes: dict[str, tuple[int, ...]], usable: np.ndarray, rows: int
+) -> Columns:
+    """What was found for the usable ones of some rows, as columns of all; NaN elsewhere."""
+    columns = {}
+    for name, shape in shapes.items():
+        if name in found and len(usable) == rows:
+            columns[name] = np.ascontiguousarray(found[name], dtype=np.float32)
+            continue
+        columns[name] = np.full((rows, *shape), np.nan, np.float32)
         if name in found:
-            if whole:
-                columns[name] = np.ascontiguousarray(found[name], dtype=np.float32)
-            else:
-                columns[name][usable] = found[name]
+            columns[name][usable] = found[name]
+    return columns
 
 
 class Memory:
@@ -389,8 +386,3 @@ class Memory:
             taken = 0
 
         return give_back
-
-
-def replica_name() -> str:
-    """What this process is called where Ray does not name it."""
-    return f"pid-{os.getpid()}"

@@ -32,12 +32,12 @@ _SIMULATIONS, _EPOCHS = 10_000, 15
 
 def empty(proxy: str, port: int) -> None:
     """Serve an application that does nothing."""
-    from sbi_dist.serving.command import _environment
+    from sbi_dist.serving.command import environment
     from sbi_dist.serving.options import ServeOptions
 
     options = ServeOptions(proxy=proxy, port=port)
     folder = tempfile.TemporaryDirectory()
-    os.environ.update(_environment(options, Path(folder.name)))
+    os.environ.update(environment(options, Path(folder.name)))
     connect(None)
     from ray import serve
 

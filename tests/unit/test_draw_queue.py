@@ -95,23 +95,27 @@ def test_a_large_request_takes_turns() -> None:
     queueing(scenario, max_wait_s=100)
 
 
-def test_urgent_goes_first_and_what_is_late_or_gone_is_not_computed() -> None:
+def test_urgent_goes_first_and_what_is_late_or_gone_is_not_computed(monkeypatch) -> None:
+    monkeypatch.setattr("sbi_dist.serving.queue.BATCH_S", 0.5)
+
     async def scenario(queue: DrawQueue, work: Work) -> None:
         first = await held(queue, work)
         usual = asyncio.create_task(ask(queue, "usual", key=1))
         gone = asyncio.create_task(ask(queue, "gone", key=2))
         late = asyncio.create_task(ask(queue, "late", key=3, within=0.02))
-        await asyncio.sleep(0.05)
-        urgent = asyncio.create_task(ask(queue, "urgent", key=4, within=0.05))
+        urgent = asyncio.create_task(ask(queue, "urgent", key=4, within=1.5))
+        await asyncio.sleep(0.6)
+        # With little time from the start: no way to the front.
+        hurried = asyncio.create_task(ask(queue, "hurried", key=5, within=0.9))
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.sleep(0)
         work.let.set()
-        await asyncio.gather(first, usual, urgent)
+        await asyncio.gather(first, usual, urgent, hurried)
         with pytest.raises(Refusal) as refused:
             await late
         assert refused.value.status == 504
-        assert work.batches[1:] == [["urgent"], ["usual"]]
+        assert work.batches[1:] == [["urgent"], ["usual"], ["hurried"]]
 
     queueing(scenario)
 

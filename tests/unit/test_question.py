@@ -38,11 +38,13 @@ FIELDS = (
 bodies = values | st.dictionaries(st.sampled_from(FIELDS), values)
 
 
-def either(read: Any, *given_: Any) -> Question | Refusal | None:
+def either(read: Any, *given_: Any) -> Question | Refusal:
     try:
         return read(*given_)
-    except Refusal as refusal:
-        return refusal if refusal.status in (400, 413, 422) and refusal.detail else None
+    except Refusal as error:
+        refusal = error
+    assert refusal.status in (400, 413, 422) and refusal.detail
+    return refusal
 
 
 def ask(x_shape: tuple[int, ...] = (3,), operation: Any = "sample", **body: Any) -> Any:
@@ -184,3 +186,22 @@ def test_shapes_of_theta(theta, shape) -> None:
         assert found.status == 422
     else:
         assert found.theta.shape == shape
+
+
+def test_a_tensor_s_axes_are_in_the_order_that_it_means() -> None:
+    x = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    kind = pa.fixed_shape_tensor(pa.float32(), (3, 2), permutation=[1, 0])
+    stored = np.ascontiguousarray(x.transpose(0, 2, 1)).reshape(2, 6)
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), 6)
+    question = arrow(pa.table({"x": pa.ExtensionArray.from_storage(kind, storage)}), x_shape=(2, 3))
+    assert isinstance(question, Question) and np.array_equal(question.rows.x, x)
+    refused = arrow(pa.table({"x": pa.ExtensionArray.from_storage(kind, storage)}), x_shape=(3, 2))
+    assert isinstance(refused, Refusal) and "(2, 3)" in refused.detail
+
+
+def test_theta_of_another_shape_is_not_taken_for_one_that_fits() -> None:
+    """Three vectors of two numbers are not two of three."""
+    question = {"x": [[1.0, 2, 3]], "theta": [[[0.0, 1], [2, 3], [4, 5]]]}
+    assert isinstance(arrow(pa.table(question), "log_prob"), Question)
+    uneven = {"x": [[1.0, 2, 3]], "theta": [[[0.0, 1, 2], [3, 4, 5]]]}
+    assert isinstance(arrow(pa.table(uneven), "log_prob"), Refusal)

@@ -236,3 +236,34 @@ def test_a_caller_that_goes(root, whole) -> None:
         await asyncio.sleep(0.05)
 
     serve(root, scenario)
+
+
+def test_a_reader_that_takes_nothing_is_given_up(root, monkeypatch) -> None:
+    monkeypatch.setattr("sbi_dist.serving.gate._STALLED_S", 0.2)
+    body = json.dumps({"x": X.tolist(), "num_samples": 20_000}).encode()
+
+    async def scenario(_: Any, service: Service, app: Any) -> None:
+        begun = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if not begun.is_set():
+                begun.set()
+                return {"type": "http.request", "body": body, "more_body": False}
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+            "path": SAMPLE, "raw_path": SAMPLE.encode(), "query_string": b"", "root_path": "",
+            "scheme": "http", "server": ("t", 80), "client": ("c", 1),
+            "headers": [(b"content-type", b"application/json"), (b"x-timeout-s", b"3")],
+        }  # fmt: skip
+        with pytest.raises(TimeoutError):
+            await app(scope, receive, send)
+        assert service.queue.requests == 0
+
+    serve(root, scenario)
