@@ -7,6 +7,7 @@ keeps its place, with a status that says why.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -37,6 +38,7 @@ ABOUT_X = ("out_of_distribution", "out_of_distribution_p")
 # Those of a row as it is read, and what may come of one that is ok.
 STATUSES = ("ok", "nonfinite", "null", "wrong_length", "failed", "low_ess")
 OK, NONFINITE, NULL, WRONG_LENGTH, FAILED, LOW_ESS = range(len(STATUSES))
+_FEW = 64  # rows that are numbered over and over, as a service's requests are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +139,8 @@ class Rows:
 def identifiers(column: pa.Array | None, start: int, count: int) -> pa.Array:
     """A column of identifiers as text, or the rows' numbers."""
     if column is None:
+        if start == 0 and count <= _FEW:
+            return _numbered(count)
         return pa.array(np.arange(start, start + count)).cast(pa.string())
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -145,6 +149,11 @@ def identifiers(column: pa.Array | None, start: int, count: int) -> pa.Array:
     except pa.ArrowException:
         values = column.to_pylist()
         return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+@functools.lru_cache(maxsize=_FEW + 1)
+def _numbered(count: int) -> pa.Array:
+    return pa.array(map(str, range(count)), pa.string())
 
 
 # ---- types --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ and what overrides its fields.
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import Any
 
@@ -72,6 +73,9 @@ class Posteriors:
         self._service = Service(store, experiment, options, name, device)
         # A replica takes requests once this returns: with the promoted model loaded and warm.
         await self._service.start()
+        # What there is now stays: else each full collection looks at it all, for 0.2 s under load.
+        gc.collect()
+        gc.freeze()
 
     def __serve_build_asgi_app__(self) -> Any:
         return make_app(self._service, manages=False)

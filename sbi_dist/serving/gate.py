@@ -19,7 +19,6 @@ import orjson
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sbi_dist import metrics
 from sbi_dist.serving.refusal import Refusal
 from sbi_dist.serving.service import Service
 
@@ -94,6 +93,9 @@ class Gate:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             self._check_token(path, headers.get(b"authorization"))
             state["deadline"] = began + self._timeout(headers.get(b"x-timeout-s"))
+            if scope["method"] == "POST":
+                # Before it is read: under a flood, what is turned away must cost next to nothing.
+                self._service.queue.check()
             await self._app(scope, receive, sending)
         except Refusal as refusal:
             if status:  # in the midst of an answer: the connection breaks off
@@ -127,7 +129,9 @@ class Gate:
                 outcome = "ok" if status < 400 else _OUTCOMES.get(status, "error")
                 if not ended or state.get("gone"):
                     outcome = "cancelled"
-            self._tell(scope["path"], outcome, time.monotonic() - began)
+            last = scope["path"].rsplit("/", 1)[-1]
+            operation = last if last in _OPERATIONS else "other"
+            self._service.count(operation, outcome, time.monotonic() - began)
 
     def _check_token(self, path: str, authorization: str | None) -> None:
         tokens = self._service.tokens
@@ -155,14 +159,6 @@ class Gate:
                 f"X-Timeout-S is {given[:40]!r}; it must be a number of seconds above 0",
             )
         return min(timeout, options.max_timeout_s)
-
-    def _tell(self, path: str, outcome: str, seconds: float) -> None:
-        last = path.rsplit("/", 1)[-1]
-        operation = last if last in _OPERATIONS else "other"
-        labels = {"experiment": self._service.experiment, "operation": operation}
-        metrics.add("sbi_serve_requests_total", 1, {**labels, "outcome": outcome})
-        if outcome == "ok":
-            metrics.observe("sbi_serve_request_seconds", [seconds], labels)
 
 
 def problem(refusal: Refusal, identifier: str) -> tuple[bytes, list[tuple[str, str]]]:

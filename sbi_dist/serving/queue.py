@@ -32,6 +32,8 @@ _log = logging.getLogger("sbi_dist.serving")
 # beside what it takes to begin one.
 BATCH_S = 0.03
 _RATE_WEIGHT = 0.1  # of the newest batch
+# So many times as long as a request takes itself, it may wait, if that is longer than others may.
+_PATIENCE = 4.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,7 +88,8 @@ class DrawQueue:
     Args:
         compute: results of the contents of pieces with one key, an exception in place of a result
             where one piece alone is at fault; called in a thread of the queue's own.
-        max_wait_s: expected wait from which on requests are turned away.
+        max_wait_s: expected wait from which on requests are turned away; a large one may wait for
+            longer, in proportion to the time that it takes itself.
         max_requests: requests at once.
         rate: cost a second that is expected at first.
         watch: told of every batch.
@@ -104,6 +107,7 @@ class DrawQueue:
         self._max_wait_s, self._max_requests = max_wait_s, max_requests
         self.rate = rate
         self._tickets: set[Ticket] = set()
+        self._least_wait: float | None = None  # of the smallest request; None: not known
         self._waiting: list[Piece] = []
         self._computing: list[Piece] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sbi-dist-serve")
@@ -148,6 +152,16 @@ class DrawQueue:
         turn = cost + self.batch_cost
         return sum(min(ticket.remaining, turn) for ticket in self._tickets) / self.rate
 
+    def check(self) -> None:
+        """Turn a request away of which nothing is known yet; in next to no time.
+
+        Raises:
+            Refusal: 503, even the smallest would be too much.
+        """
+        if self._least_wait is None:
+            self._least_wait = self.wait_s(0.0)
+        self._check(self._least_wait, 0.0)
+
     @contextlib.contextmanager
     def admitted(self, cost: float, deadline: float) -> Iterator[Ticket]:
         """Let a request in for the time of a ``with`` block.
@@ -155,24 +169,8 @@ class DrawQueue:
         Raises:
             Refusal: 503, there is too much to do.
         """
-        wait = self.wait_s(cost)
-        if len(self._tickets) >= self._max_requests:
-            raise Refusal(
-                503,
-                "Saturated",
-                f"{len(self._tickets):,} requests are being answered, which is as many as a "
-                "replica takes; try again later",
-                retry_after=max(1.0, wait),
-            )
-        now = time.monotonic()
-        if self._tickets and wait > self._max_wait_s:
-            raise Refusal(
-                503,
-                "Saturated",
-                f"the request would wait for about {wait:.1f} s, and {self._max_wait_s:g} s is "
-                "the most; try again later",
-                retry_after=max(1.0, wait - self._max_wait_s),
-            )
+        wait, now = self.wait_s(cost), time.monotonic()
+        self._check(wait, cost)
         if self._tickets and now + wait + min(cost, self.batch_cost) / self.rate > deadline:
             raise Refusal(
                 503,
@@ -183,10 +181,31 @@ class DrawQueue:
             )
         ticket = Ticket(cost, deadline)
         self._tickets.add(ticket)
+        self._least_wait = None
         try:
             yield ticket
         finally:
             self._tickets.discard(ticket)
+            self._least_wait = None
+
+    def _check(self, wait: float, cost: float) -> None:
+        if len(self._tickets) >= self._max_requests:
+            raise Refusal(
+                503,
+                "Saturated",
+                f"{len(self._tickets):,} requests are being answered, which is as many as a "
+                "replica takes; try again later",
+                retry_after=max(1.0, wait),
+            )
+        most = max(self._max_wait_s, _PATIENCE * cost / self.rate)
+        if self._tickets and wait > most:
+            raise Refusal(
+                503,
+                "Saturated",
+                f"the request would wait for about {wait:.1f} s, and {most:.3g} s is "
+                "the most; try again later",
+                retry_after=max(1.0, wait - most),
+            )
 
     async def computed(self, piece: Piece) -> Any:
         """Wait for a piece's result.
@@ -222,6 +241,7 @@ class DrawQueue:
             seconds = time.monotonic() - began
             cost = sum(piece.cost for piece in batch)
             self._learn(cost, seconds)
+            self._least_wait = None
             for piece, result in zip(batch, results, strict=True):
                 piece.ticket.remaining = max(0.0, piece.ticket.remaining - piece.cost)
                 if piece.done.done():

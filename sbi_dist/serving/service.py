@@ -80,6 +80,8 @@ class Service:
         self._were_set: set[tuple[str, str, str]] = set()
         self._drawn: collections.Counter[tuple[str, str, str]] = collections.Counter()
         self._waited: list[float] = []
+        self._requests: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._request_s: dict[str, list[float]] = {}
 
     async def start(self) -> None:
         """Load and warm the promoted model, and begin to work."""
@@ -91,6 +93,7 @@ class Service:
         """End the work."""
         if self._gauges is not None:
             self._gauges.cancel()
+        self.flush()
         await self.queue.close()
         await self.models.close()
 
@@ -269,6 +272,12 @@ class Service:
         """Memory that an answer in one block takes."""
         return len(question.rows) * bytes_of(question, model.posterior.estimator.num_parameters)
 
+    def count(self, operation: str, outcome: str, seconds: float) -> None:
+        """Count a request that has ended."""
+        self._requests[operation, outcome] += 1
+        if outcome == "ok":
+            self._request_s.setdefault(operation, []).append(seconds)
+
     def _tell(self, model: Model, status: np.ndarray, p: np.ndarray) -> None:
         for number, count in enumerate(np.bincount(status, minlength=len(STATUSES))):
             if count:
@@ -296,7 +305,15 @@ class Service:
         metrics.observe("sbi_serve_batch_pieces", [len(batch.waited)], labels)
 
     def flush(self) -> None:
-        """Export what was counted."""
+        """Export what was counted: at intervals, as under a flood each export would be felt."""
+        of = {"experiment": self.experiment}
+        requests, self._requests = self._requests, collections.Counter()
+        for (operation, outcome), amount in requests.items():
+            labels = {**of, "operation": operation, "outcome": outcome}
+            metrics.add("sbi_serve_requests_total", amount, labels)
+        answered, self._request_s = self._request_s, {}
+        for operation, seconds in answered.items():
+            metrics.observe("sbi_serve_request_seconds", seconds, {**of, "operation": operation})
         counted, self._drawn = self._drawn, collections.Counter()
         for (name, model, status), amount in counted.items():
             labels = {"experiment": self.experiment, "model": model}

@@ -123,21 +123,44 @@ def test_urgent_goes_first_and_what_is_late_or_gone_is_not_computed(monkeypatch)
 def test_who_is_turned_away() -> None:
     async def scenario(queue: DrawQueue, work: Work) -> None:
         first = await held(queue, work)
-        others = [asyncio.create_task(ask(queue, i, 1e6)) for i in range(2)]
+        # Ten seconds of work each, and no more than four times that may lie before one like them.
+        others = [asyncio.create_task(ask(queue, i, 1e6)) for i in range(4)]
         await asyncio.sleep(0)
+        assert queue.requests == 5
         for within, cost in ((LONG, 1e6), (0.05, 10.0)):
             with pytest.raises(Refusal) as refused:
                 await ask(queue, "no", cost, within=within)
             assert refused.value.status == 503 and (refused.value.retry_after or 0) >= 1
+        queue.check()
         more = asyncio.create_task(ask(queue, 3, 10))
         await asyncio.sleep(0)
-        with pytest.raises(Refusal, match="as many as") as refused:
-            await ask(queue, "no")
-        assert refused.value.status == 503
+        for turned_away in (ask(queue, "no"), checked(queue)):
+            with pytest.raises(Refusal, match="as many as") as refused:
+                await turned_away
+            assert refused.value.status == 503
         work.let.set()
         await asyncio.gather(first, more, *others)
 
-    queueing(scenario, max_requests=4, max_wait_s=15)
+    queueing(scenario, max_requests=6, max_wait_s=15)
+
+
+def test_what_waits_is_known_without_looking_at_all() -> None:
+    async def scenario(queue: DrawQueue, work: Work) -> None:
+        queue.check()
+        first = await held(queue, work)
+        others = [asyncio.create_task(ask(queue, i, 4096.0)) for i in range(8)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal, match="would wait"):
+            queue.check()
+        work.let.set()
+        await asyncio.gather(first, *others)
+        queue.check()
+
+    queueing(scenario, max_wait_s=0.3)
+
+
+async def checked(queue: DrawQueue) -> None:
+    queue.check()
 
 
 def test_failures_are_those_of_their_callers() -> None:
