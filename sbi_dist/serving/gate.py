@@ -44,6 +44,7 @@ _OUTCOMES = {
 }
 # A reader that takes nothing for so long, beyond its request's time, is given up.
 _STALLED_S = 10.0
+_HOLD_S = 0.5  # for which one that is turned away is kept waiting for room
 _OPERATIONS = ("sample", "summary", "log_prob", "infer")
 
 
@@ -58,6 +59,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, service: Service, names: bool = True) -> None:
         self._app, self._service, self._names = app, service, names
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,8 +96,7 @@ class Gate:
             self._check_token(path, headers.get(b"authorization"))
             state["deadline"] = began + self._timeout(headers.get(b"x-timeout-s"))
             if scope["method"] == "POST":
-                # Before it is read: under a flood, what is turned away must cost next to nothing.
-                self._service.queue.check()
+                await self._room()
             await self._app(scope, receive, sending)
         except Refusal as refusal:
             if status:  # in the midst of an answer: the connection breaks off
@@ -132,6 +133,27 @@ class Gate:
             last = scope["path"].rsplit("/", 1)[-1]
             operation = last if last in _OPERATIONS else "other"
             self._service.count(operation, outcome, time.monotonic() - began)
+
+    async def _room(self) -> None:
+        """Turn a request away before it is read: under a flood, that must cost next to nothing.
+
+        Not at once, as callers that come again at once would keep the service from its work.
+
+        Raises:
+            Refusal: 503, there is too much to do.
+        """
+        queue, most = self._service.queue, self._service.options.max_requests
+        try:
+            queue.check()
+        except Refusal:
+            if self._held >= most:
+                raise
+            self._held += 1
+            try:
+                await asyncio.sleep(_HOLD_S)
+            finally:
+                self._held -= 1
+            queue.check()
 
     def _check_token(self, path: str, authorization: str | None) -> None:
         tokens = self._service.tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import io
 import json
@@ -267,3 +268,27 @@ def test_a_reader_that_takes_nothing_is_given_up(root, monkeypatch) -> None:
         assert service.queue.requests == 0
 
     serve(root, scenario)
+
+
+def test_who_is_turned_away_waits_for_room_and_is_not_read(root, monkeypatch) -> None:
+    monkeypatch.setattr("sbi_dist.serving.gate._HOLD_S", 0.2)
+    question = {"x": X[:1].tolist(), "num_samples": 10}
+
+    async def scenario(client, service, app) -> None:
+        deadline = asyncio.get_running_loop().time() + 600
+        with contextlib.ExitStack() as others:
+            for _ in range(2):  # as many as there may be
+                others.enter_context(service.queue.admitted(1e6, deadline))
+            cut = await client.post(SAMPLE, content=b"{", headers={"x-request-id": "cut"})
+            problem(cut, 503)  # where it is read, it is malformed
+            assert int(cut.headers["retry-after"]) >= 1
+            asked = [asyncio.create_task(client.post(SAMPLE, json=question)) for _ in range(3)]
+            # Two are held; the third is answered while they are.
+            first, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            assert len(first) == 1
+            problem(first.pop().result(), 503)
+        answers = [await each for each in asked]
+        assert sorted(each.status_code for each in answers) == [200, 200, 503]
+        problem(await client.post(SAMPLE, content=b"{"), 400)
+
+    serve(root, scenario, max_wait_s=0.1, max_requests=2)
