@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -152,6 +153,12 @@ def _require_port(options: ServeOptions) -> None:
         try:
             probe.bind((options.host, options.port))
         except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise InputError(
+                    f"serve.host is {options.host!r}, where this machine can't listen "
+                    f"({error.strerror}); give one of its IPv4 addresses, as 127.0.0.1, or 0.0.0.0 "
+                    "for all of them"
+                ) from error
             raise InputError(
                 f"serve.port is {options.port} on {options.host!r}, which can't be had "
                 f"({error.strerror}); set another with --set serve.port=N"

@@ -99,10 +99,6 @@ class Gate:
                 await self._room()
             await self._app(scope, receive, sending)
         except Refusal as refusal:
-            if status:  # in the midst of an answer: the connection breaks off
-                outcome = _OUTCOMES.get(refusal.status, "error")
-                _log.warning("request %s broke off: %s", identifier, refusal.detail)
-                raise
             await _answer(refusal, identifier, sending)
         except asyncio.CancelledError:
             outcome = "cancelled"
@@ -113,7 +109,12 @@ class Gate:
             outcome = "timeout"
             _log.warning("request %s broke off: its answer was not taken", identifier)
             raise
-        except Exception:
+        except Exception as error:
+            cause = error.__cause__  # where Starlette has it once the answer has begun
+            if isinstance(cause, Refusal):
+                outcome = _OUTCOMES.get(cause.status, "error")
+                _log.warning("request %s broke off: %s", identifier, cause.detail)
+                raise
             outcome = "error"
             _log.exception("request %s failed", identifier)
             if status:

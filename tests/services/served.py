@@ -24,10 +24,10 @@ import torch
 
 from sbi_dist.posterior import Posterior
 
-__all__ = ["Load", "Process", "Served", "free_port", "until"]
+__all__ = ["Load", "Process", "Served", "free_port", "until", "using"]
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 90.0
+START_S = 180.0
 X = [[0.3, -0.2, 0.1], [-0.5, 0.4, 0.0], [1.0, 0.9, -0.8]]
 NUM_SAMPLES = 40
 
@@ -96,6 +96,20 @@ def _below(root: int) -> list[Process]:
     return found_below
 
 
+def using(folder: Path) -> list[Process]:
+    """Processes that were given a folder, in their environment or arguments."""
+    name, found = os.fsencode(folder), []
+    for entry in os.listdir("/proc"):
+        if not entry.isdecimal() or (stat := _stat(int(entry))) is None or stat[2] == "Z":
+            continue
+        with contextlib.suppress(OSError):
+            about = Path("/proc", entry)
+            title = (about / "cmdline").read_bytes().replace(b"\0", b" ")
+            if name in title or name in (about / "environ").read_bytes():
+                found.append(Process(int(entry), stat[1], title.decode()))
+    return found
+
+
 class Served:
     """The service, started and waited for.
 
@@ -141,6 +155,10 @@ class Served:
     def processes(self) -> list[Process]:
         """All that run for it, without itself."""
         return _below(self.process.pid)
+
+    def left(self) -> list[Process]:
+        """All that run for it, also those whose parents are gone."""
+        return [each for each in using(self.folder) if each.pid != self.process.pid]
 
     def replicas(self) -> list[Process]:
         return [each for each in self.processes() if each.title.startswith("ray::ServeReplica")]
@@ -193,12 +211,18 @@ class Load:
     Args:
         models: of the models that may answer, by their ids.
         name: the model that is asked for.
+        headers: sent with every request, as they are when it begins.
     """
 
     def __init__(
-        self, url: str, models: dict[str, Posterior], threads: int = 3, name: str = "promoted"
+        self,
+        url: str,
+        models: dict[str, Posterior],
+        threads: int = 3,
+        name: str = "promoted",
+        headers: dict[str, str] | None = None,
     ) -> None:
-        self._url = f"{url}/v1/models/{name}/sample"
+        self._url, self._headers = f"{url}/v1/models/{name}/sample", headers
         self.expected: dict[tuple[str, int], np.ndarray] = {
             (model, seed): posterior.draws(torch.tensor(X), NUM_SAMPLES, seed)[0].numpy()
             for model, posterior in models.items()
@@ -220,7 +244,7 @@ class Load:
         """The models that answered requests that began after a moment."""
         return [each.model for each in self.asked if each.began > moment and not each.problem]
 
-    def answered(self, count: int = 30, patience_s: float = 20.0) -> None:
+    def answered(self, count: int = 30, patience_s: float = 90.0) -> None:
         """Wait until so many more were answered."""
         now = time.monotonic()
         until(lambda: len(self.models_since(now)) >= count, patience_s, f"{count} answers")
@@ -243,7 +267,7 @@ class Load:
                 seed, began, model = turn % 4, time.monotonic(), None
                 body = {"x": X, "num_samples": NUM_SAMPLES, "seed": seed}
                 try:
-                    answer = client.post(self._url, json=body)
+                    answer = client.post(self._url, json=body, headers=self._headers)
                     model = answer.headers.get("x-sbi-model")
                     problem = self._wrong(answer, seed)
                 except httpx.HTTPError as error:

@@ -292,3 +292,25 @@ def test_who_is_turned_away_waits_for_room_and_is_not_read(root, monkeypatch) ->
         problem(await client.post(SAMPLE, content=b"{"), 400)
 
     serve(root, scenario, max_wait_s=0.1, max_requests=2)
+
+
+def test_an_answer_whose_time_is_up_in_its_midst_breaks_off(root, caplog) -> None:
+    x = np.repeat(X, 50, axis=0).tolist()
+
+    async def scenario(client, service, app) -> None:
+        for seconds in (0.5, 1, 2, 4):  # on a busy machine it takes a while to begin
+            headers = {"x-timeout-s": str(seconds), "x-request-id": "late"}
+            body = {"x": x, "num_samples": 100_000}
+            try:
+                answer = await client.post(SAMPLE, json=body, headers=headers)
+            except RuntimeError:
+                break
+            problem(answer, 504)
+        else:
+            raise AssertionError("no answer began")
+        told = [record.getMessage() for record in caplog.records if "late" in record.getMessage()]
+        assert len(told) == 1 and told[0].startswith("request late broke off: the request's time")
+        assert service._requests["sample", "error"] == 0
+        assert service._requests["sample", "timeout"] >= 1
+
+    serve(root, scenario)
