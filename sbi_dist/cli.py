@@ -1,7 +1,8 @@
 """The command line: ``sbi-dist COMMAND EXPERIMENT [options]``.
 
 Parses, calls one method of the pipeline, prints where the results are, and maps the outcome to an
-exit code: 0 done, 2 bad input, 1 anything else, 130 and 143 interrupted with the state kept.
+exit code: 0 done, 2 bad input, 3 the model failed its calibration, 1 anything else, 130 and 143
+interrupted with the state kept.
 """
 
 from __future__ import annotations
@@ -159,6 +160,20 @@ def tune(**arguments: Any) -> None:
 
 
 @cli.command()
+@click.option("--force", is_flag=True, help="Put the model in use whatever comes of it.")
+@_common
+def calibrate(force: bool, **arguments: Any) -> None:
+    """Check the trained model against held-out simulations; put it in use if it passes.
+
+    Prints what each test found. Ends with exit code 3 where the model fails.
+    """
+    table, failed = _pipeline(**arguments).calibrate(force)
+    click.echo(table)
+    if failed is not None:
+        raise failed
+
+
+@cli.command()
 @_infer_options
 @_common
 def infer(
@@ -172,10 +187,11 @@ def infer(
 
 @cli.command()
 @click.option("--model", required=True, metavar="ID", help="The model, or `former`.")
+@click.option("--force", is_flag=True, help="Even one that failed its calibration.")
 @_common
-def promote(model: str, **arguments: Any) -> None:
+def promote(model: str, force: bool, **arguments: Any) -> None:
     """Make a trained model the one that is used and served, or go back to the former one."""
-    click.echo(_pipeline(**arguments).promote(model))
+    click.echo(_pipeline(**arguments).promote(model, force))
 
 
 @cli.command()
@@ -189,7 +205,8 @@ def serve(host: str | None, port: int | None, detach: bool, **arguments: Any) ->
 
     for name, value in (("host", host), ("port", port)):
         if value is not None:
-            arguments["overrides"] = (*arguments["overrides"], f"serve.{name}={value}")
+            text = yaml.safe_dump(value).splitlines()[0]
+            arguments["overrides"] = (*arguments["overrides"], f"serve.{name}={text}")
     pipeline = _pipeline(**arguments)
     serve_models(pipeline.experiment, pipeline.store, pipeline.address, detach, click.echo)
 

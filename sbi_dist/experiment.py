@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pydantic
 import yaml
 
+from sbi_dist.calibration.options import CalibrateOptions
 from sbi_dist.catalog.options import InferOptions
 from sbi_dist.errors import InputError
 from sbi_dist.estimation.options import TrainOptions
@@ -37,6 +38,7 @@ class Experiment(Options):
     simulate: SimulateOptions = dataclasses.field(default_factory=SimulateOptions)
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
     tune: TuneOptions = dataclasses.field(default_factory=TuneOptions)
+    calibrate: CalibrateOptions = dataclasses.field(default_factory=CalibrateOptions)
     infer: InferOptions = dataclasses.field(default_factory=InferOptions)
     serve: ServeOptions = dataclasses.field(default_factory=ServeOptions)
 
@@ -176,6 +178,7 @@ _SECTIONS = {
     "simulate": SimulateOptions,
     "train": TrainOptions,
     "tune": TuneOptions,
+    "calibrate": CalibrateOptions,
     "infer": InferOptions,
     "serve": ServeOptions,
 }

@@ -17,22 +17,24 @@ from typing import Any
 
 import numpy as np
 
+from sbi_dist.calibration.stage import calibrate, held_out_simulations, reference_of
+from sbi_dist.calibration.text import as_text
 from sbi_dist.catalog.infer import FORMAT, MANIFEST, PREDICTIVE
 from sbi_dist.catalog.infer import infer as infer_catalog
 from sbi_dist.catalog.options import InferOptions
 from sbi_dist.catalog.source import ArraySource, Source, open_catalog
 from sbi_dist.catalog.table import read_draws
-from sbi_dist.errors import InputError, StageError
+from sbi_dist.errors import CalibrationError, InputError, StageError
 from sbi_dist.estimation.bundle import BUNDLE, load_bundle
 from sbi_dist.estimation.snapshot import METRICS
 from sbi_dist.estimation.trainer import train
 from sbi_dist.experiment import Experiment, digest
-from sbi_dist.options import nearest
 from sbi_dist.overlap import end_overlap, overlap_training, warm_start
-from sbi_dist.posterior.posterior import PROMOTED, Posterior
+from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.priors import prior_to_data, support_bounds
 from sbi_dist.problem import load_problem
 from sbi_dist.progress import say
+from sbi_dist.promotion import Promotion, calibration_key
 from sbi_dist.rounds import Round, Rounds
 from sbi_dist.session import connected
 from sbi_dist.simulation.dataset import Dataset
@@ -76,6 +78,7 @@ class Pipeline:
         store.check()
         self.store = store.child(experiment.name)
         self.rounds = Rounds(experiment, self.problem, self.store)
+        self.promotion = Promotion(self.store)
 
     # ---- stages ----
 
@@ -161,47 +164,77 @@ class Pipeline:
         end_overlap(this, self.rounds, model)
         say(f"train: model {model_id} is complete in {model.uri}")
         if this.number == self.experiment.simulate.rounds:
-            self._promote(model_id)
+            self._put_in_use(model_id)
         return model_id
 
-    def promote(self, model_id: str) -> str:
+    def _put_in_use(self, model_id: str) -> None:
+        if not self.promotion.trained(model_id):
+            verdict = self.promotion.verdict(model_id)
+            why = "it failed its calibration" if verdict == "fail" else "that one is calibrated"
+            say(
+                f"train: model {self.promotion.model} stays in use, as {why}; run `sbi-dist "
+                "calibrate` to put the new one in use if it passes"
+            )
+
+    def calibrate(self, force: bool = False) -> tuple[str, CalibrationError | None]:
+        """Check the trained model against held-out simulations, and put it in use if it passes.
+
+        What each test found as text; and, unless ``force`` puts the model in use all the same, the
+        error that it failed.
+
+        Raises:
+            InputError: there is no trained model.
+        """
+        this = self.rounds.current()
+        records = self._simulated(this, "calibrate")
+        model_id = self.rounds.model_id(this, records)
+        model = self.rounds.model(model_id)
+        rounds = self.experiment.simulate.rounds
+        if not model.exists(BUNDLE):
+            which = f" of round {this.number} of {rounds}" if rounds > 1 else ""
+            raise InputError(
+                f"calibrate: the model{which} is not trained; run `sbi-dist train` first"
+            )
+        options = self.experiment.calibrate
+        with connected(self.address):
+            held_out = held_out_simulations(
+                this.problem,
+                options,
+                self.experiment.simulate,
+                self.store.child("calibration/simulations"),
+                {"experiment": self.experiment.name},
+            )
+            found = calibrate(
+                model,
+                held_out,
+                reference_of(this.store, records, options.seed),
+                options,
+                self.store.child(f"calibration/{model_id}"),
+                self.experiment.name,
+            )
+        say(f"calibrate: model {model_id} has the verdict {found['verdict']}")
+        if found["verdict"] != "fail" or force:
+            if self.promotion.model != model_id:
+                self.promotion.put(model_id)
+            return as_text(found), None
+        in_use = self.promotion.failed(model_id)
+        then = f"in use is {in_use or 'no model'}"
+        if in_use == model_id:
+            then = "no other model passed, so it stays in use"
+        return as_text(found), CalibrationError(
+            f"calibrate: model {model_id} failed its calibration "
+            f"({self.promotion.failing(model_id)}); {then}; simulate more, train longer, or give "
+            "--force"
+        )
+
+    def promote(self, model_id: str, force: bool = False) -> str:
         """Make a trained model the one in use, or go back to the ``former`` one; its name.
 
         Raises:
-            InputError: there is no such model, or it is damaged.
+            InputError: there is no such model, it is damaged, or, without ``force``, it failed its
+                calibration.
         """
-        known = self.store.folders("models/")
-        if model_id == "former":
-            former = self._promotion().get("former")
-            if not isinstance(former, str):
-                raise InputError(
-                    f"--model is 'former', but no model was in use before; give one of "
-                    f"{', '.join(known) or 'none that is trained'}"
-                )
-            model_id = former
-        if model_id not in known:
-            near = nearest(model_id, known)
-            hint = f" (did you mean {near!r}?)" if near else ""
-            raise InputError(
-                f"--model is {model_id!r}, which {self.store.uri} does not hold{hint}; there are "
-                f"{', '.join(known) or 'none, train one first'}"
-            )
-        load_bundle(self.rounds.model(model_id))
-        self._promote(model_id)
-        return model_id
-
-    def _promote(self, model_id: str) -> None:
-        before = self._promotion()
-        former = before.get("model") if before.get("model") != model_id else before.get("former")
-        content = {"model": model_id} | ({"former": former} if isinstance(former, str) else {})
-        self.store.put(PROMOTED, json.dumps(content).encode())
-
-    def _promotion(self) -> dict[str, Any]:
-        try:
-            content = json.loads(self.store.get(PROMOTED))
-        except (KeyError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return self.promotion.choose(model_id, force)
 
     def _simulated(self, this: Round, stage: str) -> list[ShardRecord]:
         """The shards of a round that is simulated in full.
@@ -294,12 +327,9 @@ class Pipeline:
         Raises:
             InputError: no model was trained to the end.
         """
-        try:
-            model_id = json.loads(self.store.get(PROMOTED))["model"]
-        except (KeyError, TypeError, ValueError):
-            raise InputError(
-                f"{self.store.uri} holds no trained model; run `sbi-dist train` first"
-            ) from None
+        model_id = self.promotion.model
+        if model_id is None:
+            raise InputError(f"{self.store.uri} holds no trained model; run `sbi-dist train` first")
         return model_id, self.rounds.model(model_id)
 
     def infer(self, output: str | None = None) -> tuple[ObjectStore, dict[str, Any]]:
@@ -447,9 +477,6 @@ class Pipeline:
         for record in stored.records.values():
             for name, count in record.statuses.items():
                 counts[name] = counts.get(name, 0) + count
-        promoted = None
-        if self.store.exists(PROMOTED):
-            promoted = json.loads(self.store.get(PROMOTED))["model"]
         return {
             "experiment": self.experiment.resolved(),
             "store": self.store.uri,
@@ -465,7 +492,12 @@ class Pipeline:
             "model": model_id,
             "trained": trained,
             "training": self._training_summary(model_id),
-            "promoted": promoted,
+            "promoted": self.promotion.model,
+            "calibration": {
+                name: self.promotion.calibration(name).get("verdict")
+                for name in self.store.folders("calibration/")
+                if self.store.exists(calibration_key(name))
+            },
             "searches": searches(self.store),
             "posteriors": self.store.folders("posteriors/"),
         }

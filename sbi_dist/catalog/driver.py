@@ -1,7 +1,8 @@
 """The driver of a catalog: keeps actors busy with parts until all are in the store.
 
-It holds records about parts, never their draws. Of a catalog that the actors can't read, it sends
-them the rows of a part at a time.
+The actors are those of the infer stage, or of another one whose work comes in such parts. It holds
+records about parts, never their draws. Of a catalog that the actors can't read, it sends them the
+rows of a part at a time.
 """
 
 from __future__ import annotations
@@ -9,14 +10,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from sbi_dist.catalog.actor import CatalogActor
 from sbi_dist.catalog.live import Live
-from sbi_dist.catalog.options import InferOptions
 from sbi_dist.catalog.plan import Part
-from sbi_dist.catalog.rows import Rows
-from sbi_dist.catalog.source import Source
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.progress import say
 from sbi_dist.simulation.pool import Actor, ActorPool, Call, deaths
@@ -26,12 +24,34 @@ __all__ = ["draw_on_ray"]
 _DEATHS_BEFORE_STOP = 4
 
 
+class Divisible(Protocol):
+    """A catalog, or what else is read by ranges; see ``Source``."""
+
+    remote: bool
+    on_disk: bool
+
+    def read(self, start: int, stop: int) -> Any: ...
+
+    def check(self) -> None: ...
+
+
+class StageOptions(Protocol):
+    """What the options of a stage say of its actors."""
+
+    @property
+    def actors(self) -> int | None: ...
+
+    def resources(self) -> dict[str, float]: ...
+
+
 def draw_on_ray(
     missing: list[Part],
-    source: Source,
-    options: InferOptions,
+    source: Divisible,
+    options: StageOptions,
     arguments: tuple[Any, ...],
     live: Live,
+    stage: str = "infer",
+    kind: type = CatalogActor,
 ) -> None:
     """Have actors write the missing parts. Ray must be connected.
 
@@ -41,12 +61,16 @@ def draw_on_ray(
         options: of the stage.
         arguments: of the actors, all but the last one.
         live: is told of the parts that land, and at least every second.
+        stage: its name.
+        kind: class of the actors, with the methods of ``CatalogActor``.
 
     Raises:
         InputError: the cluster is too small, or the store refuses.
         StageError: a part keeps ending its actors, the catalog was changed, or the store fails.
     """
-    run = _Run(missing, source, options, arguments, live)
+    arguments = (*arguments, source if source.on_disk else None)
+    pool = ActorPool(stage, kind, arguments, options.resources(), options.actors)
+    run = _Run(missing, source, pool, live, stage)
     with contextlib.closing(run.pool):
         run.finish()
 
@@ -57,23 +81,16 @@ class _Run:
     def __init__(
         self,
         missing: list[Part],
-        source: Source,
-        options: InferOptions,
-        arguments: tuple[Any, ...],
+        source: Divisible,
+        pool: ActorPool,
         live: Live,
+        stage: str,
     ) -> None:
-        self._source, self._live = source, live
+        self._source, self.pool, self._live, self._stage = source, pool, live, stage
         self._left = collections.deque(missing)
         self._calls: dict[Any, Call] = {}
         self._deaths: collections.Counter[int] = collections.Counter()
         self._finished: set[int] = set()
-        self.pool = ActorPool(
-            "infer",
-            CatalogActor,
-            (*arguments, source if source.on_disk else None),
-            options.resources(),
-            options.actors,
-        )
 
     def finish(self) -> None:
         """Run until no part is missing."""
@@ -104,7 +121,7 @@ class _Run:
         if not self._left:
             self.pool.release_idle()
 
-    def _rows(self, part: Part) -> Rows | None:
+    def _rows(self, part: Part) -> Any:
         """The rows of a part, where the actors can't read them."""
         source = self._source
         # Of a file of this machine, when there are others; they may have come since the start.
@@ -138,8 +155,8 @@ class _Run:
                 raise cause from None
             what = _named(call.piece) if call.piece else "a part"
             raise StageError(
-                f"infer: {what} could not be drawn ({type(cause).__name__}: {cause}); the finished "
-                "parts are kept"
+                f"{self._stage}: {what} could not be drawn ({type(cause).__name__}: {cause}); the "
+                "finished parts are kept"
             ) from error
         del self._calls[reference]
         actor = call.actor
@@ -166,11 +183,14 @@ class _Run:
             self._deaths[part.number] += 1
             if self._deaths[part.number] >= _DEATHS_BEFORE_STOP:
                 raise StageError(
-                    f"infer: {_named(part)} has ended its actor {_DEATHS_BEFORE_STOP} times "
-                    f"({_first_line(error)}); the finished parts are kept, run the command again "
-                    "to go on"
+                    f"{self._stage}: {_named(part)} has ended its actor {_DEATHS_BEFORE_STOP} "
+                    f"times ({_first_line(error)}); the finished parts are kept, run the command "
+                    "again to go on"
                 ) from error
-            say(f"infer: an actor died at {_named(part)}; what it had not stored is drawn again")
+            say(
+                f"{self._stage}: an actor died at {_named(part)}; what it had not stored is drawn "
+                "again"
+            )
         self._left.extendleft(part for part in reversed(lost) if part.number not in self._finished)
 
 

@@ -101,6 +101,30 @@ class RecoveryFacts:
 
 
 @dataclass(frozen=True, eq=False)
+class CalibrationFacts:
+    """What the calibration of the model found.
+
+    Attributes:
+        verdict: ``pass``, ``warn`` or ``fail``.
+        summary: why, in a sentence or two.
+        held_out: simulations that were drawn for.
+        draws: for each of them.
+        tests: each with name, verdict, effect, threshold, p_value and sentence.
+        curves: distribution functions of ranks and their band, as
+            ``sbi_dist.calibration.verdict.curves`` gives them.
+        created: when, as it is to be shown.
+    """
+
+    verdict: str
+    summary: str
+    held_out: int
+    draws: int
+    tests: Sequence[Mapping[str, Any]]
+    curves: Mapping[str, Any]
+    created: str
+
+
+@dataclass(frozen=True, eq=False)
 class TuneFacts:
     """A search over settings of the density estimator on the model's simulations.
 
@@ -151,6 +175,7 @@ class ReportContent:
         limits: (D, 2) plotted range of the parameters; None lets the draws decide.
         axes: how observations are labelled.
         recovery: how well known parameters are recovered; None leaves that section out.
+        calibration: what it found; None where the model was not calibrated.
         tune: a search over the estimator's settings; None leaves that section out.
         versions: library name to version.
         notes: caveats, each a sentence or two, shown at the top.
@@ -172,6 +197,7 @@ class ReportContent:
     limits: np.ndarray | None = None
     axes: PredictiveAxes = field(default_factory=PredictiveAxes)
     recovery: RecoveryFacts | None = None
+    calibration: CalibrationFacts | None = None
     tune: TuneFacts | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()

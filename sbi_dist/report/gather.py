@@ -20,7 +20,9 @@ from sbi_dist.experiment import Experiment
 from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.priors import describe, prior_from_data, sample_prior, support_bounds
 from sbi_dist.problem import Problem
+from sbi_dist.promotion import Promotion
 from sbi_dist.report.content import (
+    CalibrationFacts,
     DatasetFacts,
     FailureFacts,
     ModelFacts,
@@ -130,6 +132,7 @@ def _content(finished: Finished) -> ReportContent:
         recovery=recover(
             posterior, stored, records, weighted=_proposals(finished.draws) is not None
         ),
+        calibration=_calibration(finished.store, finished.model_id),
         tune=_search(finished.store, about["dataset"]["id"]),
         settings=experiment.resolved(),
         versions=about["versions"],
@@ -169,6 +172,23 @@ def _dataset(
         ],
     )
     return facts, notes
+
+
+def _calibration(store: ObjectStore, model_id: str) -> CalibrationFacts | None:
+    """What the latest calibration of the model found, if any."""
+    found = Promotion(store).calibration(model_id)
+    try:
+        return CalibrationFacts(
+            verdict=found["verdict"],
+            summary=found["summary"],
+            held_out=found["held_out"],
+            draws=found["draws"],
+            tests=found["tests"],
+            curves=found["curves"],
+            created=found["created"],
+        )
+    except KeyError:  # none, or one of another version
+        return None
 
 
 def _search(store: ObjectStore, dataset_id: str) -> TuneFacts | None:

@@ -36,7 +36,8 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
     Returns:
         File name to bytes: ``index.html``, which needs no other file, and its pictures:
         ``pairplot.png``, ``predictive.png`` (``pairplot-0001.png`` and so on where there are
-        several observations), ``recovery.png``, ``training.png`` and ``simulations.png``.
+        several observations), ``recovery.png``, ``calibration.png``,
+        ``training.png`` and ``simulations.png``.
 
     Raises:
         ValueError: content whose lengths do not agree; the message names the field.
@@ -45,6 +46,7 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
         raise ValueError(f"max_observations is {max_observations!r}; allowed: 1 or more")
     _check(content)
     from sbi_dist.report import plots, style
+    from sbi_dist.report.calibration import calibration_panels
 
     pictures: dict[str, bytes] = {}
 
@@ -78,6 +80,14 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
                     recovery, wording.labelled(content.parameter_names, content.units)
                 ),
             )
+        calibration = content.calibration
+        calibrated = None
+        if calibration is not None:
+            calibrated = picture(
+                "calibration.png",
+                "Deviation of ranks and of coverage from those of an exact posterior",
+                lambda: calibration_panels(calibration.curves),
+            )
         training = picture(
             "training.png",
             "Training and validation loss by epoch",
@@ -99,6 +109,8 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
         recovery_sentence=None
         if recovery is None
         else wording.recovery_sentence(recovery, content.parameter_names),
+        calibrated=calibrated,
+        tests=[] if calibration is None else wording.calibration_rows(calibration),
         training=training,
         simulations=simulations,
         simulations_caption=wording.simulations_caption(dataset),

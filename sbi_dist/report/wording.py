@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from sbi_dist.report.arrays import FloatArray
-from sbi_dist.report.content import DatasetFacts, ObservationFacts, RecoveryFacts, ReportContent
+from sbi_dist.report.content import (
+    CalibrationFacts,
+    DatasetFacts,
+    ObservationFacts,
+    RecoveryFacts,
+    ReportContent,
+)
 from sbi_dist.report.coverage import chance_range, recovered
 
 
@@ -163,6 +169,24 @@ def recovery_sentence(recovery: RecoveryFacts, names: Sequence[str]) -> str:
         f"holds the true value in {joined(parts)}; with an exact posterior, {each} lies between "
         f"{low:,} and {high:,} with a probability of at least 95 %."
     )
+
+
+def calibration_rows(calibration: CalibrationFacts) -> list[dict[str, str]]:
+    """The tests as rows of text, those that did not pass first."""
+    order = ("fail", "warn", "pass")
+    tests = sorted(calibration.tests, key=lambda test: order.index(test["verdict"]))
+    return [
+        {
+            "name": test["name"].replace("_", " "),
+            "verdict": test["verdict"],
+            "sentence": test["sentence"],
+            **{
+                field: "" if test[field] is None else f"{test[field]:.3g}"
+                for field in ("effect", "threshold", "p_value")
+            },
+        }
+        for test in tests
+    ]
 
 
 def simulations_caption(dataset: DatasetFacts) -> str:

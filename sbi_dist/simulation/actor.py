@@ -178,6 +178,7 @@ class SimulatorActor:
             piece.start,
             piece.stop,
             interrupted,
+            self._options.purpose,
         )
 
     def _cancelled(self) -> Callable[[], bool]:

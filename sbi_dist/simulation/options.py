@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from sbi_dist.errors import InputError
 from sbi_dist.options import Options, option
+from sbi_dist.simulation.plan import SIMULATION
 
 __all__ = ["SimulateOptions"]
 
@@ -13,6 +15,9 @@ __all__ = ["SimulateOptions"]
 @dataclasses.dataclass(frozen=True)
 class SimulateOptions(Options):
     """How many simulations, from which seed, and by how many actors."""
+
+    # What the simulations are for; part of their random streams, and no field.
+    purpose: ClassVar[int] = SIMULATION
 
     num_simulations: int | None = option(
         2000,

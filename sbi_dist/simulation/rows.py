@@ -114,13 +114,15 @@ def simulate_shard(
     start: int = 0,
     stop: int | None = None,
     interrupted: Callable[[], bool] = never,
+    purpose: int = SIMULATION,
 ) -> Simulations:
     """Draw theta from the prior and simulate x for rows ``start`` to ``stop`` of a shard.
 
     Rows come out the same whatever range they are part of; with a batch simulator a range starts
     at a multiple of ``batch_size``. Ends early, with the rows so far, once ``interrupted``.
+    ``purpose`` is what they are for: the random streams of one never meet those of another.
     """
-    for_theta, for_batches, for_rows = shard.streams(seed, SIMULATION)
+    for_theta, for_batches, for_rows = shard.streams(seed, purpose)
     seed_stream(for_theta)
     theta = sample_prior(problem.prior, shard.size)
     simulations = simulate_theta(

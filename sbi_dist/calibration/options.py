@@ -1,0 +1,36 @@
+"""The options of the ``calibrate`` stage."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sbi_dist.options import Options, option
+
+__all__ = ["CalibrateOptions"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrateOptions(Options):
+    """How many held-out simulations, and how many posterior draws of each."""
+
+    num_simulations: int = option(
+        2000,
+        "held-out simulations; they are made for this alone, from random streams of their own",
+        ge=100,
+        le=10**7,
+    )
+    num_draws: int = option(1000, "posterior draws for each held-out simulation", ge=99, le=100_000)
+    seed: int = option(0, "seed of the held-out simulations, the draws and the tests", ge=0)
+    actors: int | None = option(
+        None,
+        "actors that draw; default: as many as the cluster has room for",
+        ge=1,
+        outcome=False,
+    )
+    cpus_per_actor: float = option(1, "CPUs of an actor, and its threads", ge=0, outcome=False)
+    gpus_per_actor: float = option(0, "GPUs of an actor", ge=0, outcome=False)
+
+    def resources(self) -> dict[str, float]:
+        """What one actor takes, by Ray's names."""
+        wanted = {"CPU": float(self.cpus_per_actor), "GPU": float(self.gpus_per_actor)}
+        return {name: amount for name, amount in wanted.items() if amount}

@@ -1,0 +1,34 @@
+"""A calibration's findings as text for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+__all__ = ["as_text"]
+
+_WIDTH = 96
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """A table of the tests, and below it what is wrong and what to try."""
+    rows = [("test", "verdict", "effect", "bound", "p-value")]
+    for test in found["tests"]:
+        numbers = [test["effect"], test["threshold"], test["p_value"]]
+        rows.append(
+            (test["name"], test["verdict"], *("-" if n is None else f"{n:.3g}" for n in numbers))
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            word.ljust(width) if column < 2 else word.rjust(width)
+            for column, (word, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    for test in found["tests"]:
+        if test["verdict"] != "pass":
+            lines += ["", *textwrap.wrap(f"{test['name']}: {test['sentence']}", _WIDTH)]
+    return "\n".join(
+        [*lines, "", *textwrap.wrap(f"{found['verdict']}: {found['summary']}", _WIDTH)]
+    )
