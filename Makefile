@@ -76,6 +76,8 @@ $(VENV)/.runtime: $(VENV)/.torch
 $(VENV)/.test $(VENV)/.benchmark: $(VENV)/.%: $(VENV)/.torch
 	@echo "Installing sbi_dist with its '$*' extra into $(VENV); this can take some minutes."
 	@$(INSTALL) -e '.[$*]'
+	@# Its reference posteriors are read as data; what it depends on is not needed for that.
+	@$(INSTALL) --no-deps sbibm==1.1.0
 	@touch $@ $(VENV)/.runtime
 
 # A local version (torch's +cpu) is dropped: which build of a version is installed differs by
@@ -88,6 +90,7 @@ lock: $(VENV)/.created
 	pip() { "$$dir/venv/bin/python" -m pip -qq --disable-pip-version-check "$$@"; }; \
 	pip install $$keep '.[test,benchmark]'; \
 	pip check; \
+	pip install $$keep --no-deps sbibm==1.1.0; \
 	pip freeze --exclude sbi_dist > "$$dir/frozen"; \
 	{ \
 	    echo "# The exact version of every dependency, all extras included, for pip's -c option."; \

@@ -88,9 +88,10 @@ def _pipeline(
 def cli() -> None:
     """Simulation-based inference from an experiment file to posteriors, on Ray.
 
-    EXPERIMENT is a YAML file, or the name of a shipped experiment (coalescent, gaussian,
-    lynx_hare, slcp, two_moons). Every stage keeps its results in the store, finds what is
-    finished, and may be stopped and run again at any time.
+    EXPERIMENT is a YAML file, or the name of a shipped experiment: gaussian, lynx_hare, coalescent,
+    or one of the SBI benchmark (bernoulli_glm, gaussian_linear, gaussian_linear_uniform,
+    gaussian_mixture, lotka_volterra, sir, slcp, slcp_distractors, two_moons). Every stage keeps its
+    results in the store, finds what is finished, and may be stopped and run again at any time.
     """
 
 

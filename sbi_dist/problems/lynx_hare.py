@@ -16,6 +16,7 @@ from torch.distributions import LogNormal, Normal
 
 from sbi_dist.priors import Truncated
 from sbi_dist.problem import ObservationAxis, Problem
+from sbi_dist.problems import predator_prey
 
 __all__ = [
     "OBSERVED",
@@ -87,13 +88,6 @@ PUBLISHED_QUANTILES: dict[str, tuple[float, float, float]] = {
 # beyond them: a crash to e^-500 thousand hare, or log-normal noise of sigma 30.
 SMALLEST, LARGEST = 1e-30, 1e30
 
-# The integrator's accuracy and cost; measured in tests/unit/test_problems.py.
-_ORDER = 12  # of the Taylor polynomials
-_TOLERANCE = 1e-8  # size of their last two terms, in the log populations
-_FOLDS = 6.0  # most e-folds that a population can grow in one step
-_MAX_STEPS = 20_000  # prior draws need 20 to a few hundred
-_BLOCK = 4096  # rows integrated together, so that their polynomials stay in the cache
-
 
 def simulator(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Pelt counts in thousands, float64 of shape (N, 21, 2), for theta of shape (N, 8).
@@ -128,11 +122,6 @@ def log_likelihood(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
 def log_populations(theta: np.ndarray) -> np.ndarray:
     """Natural logarithms of hare and lynx (thousands) in each year, without noise.
 
-    Solves p' = alpha - beta e^q, q' = -gamma + delta e^p for p = log u, q = log v by Taylor
-    polynomials whose step every row chooses for itself (Jorba and Zou 2005, Experimental
-    Mathematics 14, 99). Logarithms, because a crash leaves e^-100 and less, from which the
-    population does recover.
-
     Args:
         theta: shape (N, 8) or (8,); the two sigmas are not used.
 
@@ -141,102 +130,11 @@ def log_populations(theta: np.ndarray) -> np.ndarray:
         is not finite, u0 or v0 is not positive, or (outside the prior's support) it has blown up.
     """
     theta = np.asarray(theta, dtype=np.float64)
-    columns = np.ascontiguousarray(theta.reshape(-1, theta.shape[-1]).T)
-    if len(columns) != len(PUBLISHED):
-        raise ValueError(f"theta has {len(columns)} parameters, expected {len(PUBLISHED)}")
-    count = columns.shape[1]
-    result = np.empty((count, len(YEARS), 2))
-    # A row outside the prior's support can blow up; it comes back as NaN, without warnings.
-    with np.errstate(all="ignore"):
-        start = np.log(columns[4:6])
-        for first in range(0, count, _BLOCK):
-            block = slice(first, first + _BLOCK)
-            result[block] = _integrate(columns[:4, block], start[:, block])
+    rows = theta.reshape(-1, theta.shape[-1])
+    if rows.shape[1] != len(PUBLISHED):
+        raise ValueError(f"theta has {rows.shape[1]} parameters, expected {len(PUBLISHED)}")
+    result = predator_prey.log_populations(rows[:, :4], rows[:, 4:6], YEARS - YEARS[0])
     return result.reshape(*theta.shape[:-1], len(YEARS), 2)
-
-
-def _integrate(rates: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Log populations, shape (N, 21, 2), for rates (4, N) and initial log populations (2, N).
-
-    Only elementwise operations along N: a matrix product or a sum could round differently with
-    the size of the batch.
-    """
-    result = np.full((start.shape[1], len(YEARS), 2), np.nan)
-    result[:, 0] = start.T
-    rows = np.arange(start.shape[1])
-    state = start
-    time = np.zeros(len(rows))
-    year = np.ones(len(rows), dtype=np.int64)  # the next to be recorded
-    last = len(YEARS) - 1
-    for _ in range(_MAX_STEPS):
-        series = _taylor(rates, state)
-        step = _step(rates, series)
-        while True:
-            due = np.flatnonzero((year <= time + step) & (year <= last))
-            if not len(due):
-                break
-            at = year[due]
-            result[rows[due], at] = _evaluate(series[:, :, due], at - time[due]).T
-            year[due] += 1
-        state = _evaluate(series, step)
-        time = time + step
-        # Comparisons with NaN are false, which drops the rows that have no solution.
-        going = np.flatnonzero((year <= last) & (step > 1e-12) & np.isfinite(state).all(axis=0))
-        if not len(going):
-            break
-        if len(going) < len(rows):
-            rows, time, year = rows[going], time[going], year[going]
-            state, rates = state[:, going], rates[:, going]
-    return result
-
-
-def _taylor(rates: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """Taylor coefficients of the log populations in time, shape (order + 1, 2, N)."""
-    alpha, beta, gamma, delta = rates
-    series = np.empty((_ORDER + 1, *state.shape))  # of p, q
-    growth = np.empty_like(series)  # of p', q'
-    population = np.empty_like(series)  # of u, v
-    series[0] = state
-    np.exp(state, out=population[0])
-    product = np.empty_like(state)
-    for n in range(_ORDER):
-        np.multiply(population[n, 1], -beta, out=growth[n, 0])
-        np.multiply(population[n, 0], delta, out=growth[n, 1])
-        if n == 0:
-            growth[0, 0] += alpha
-            growth[0, 1] -= gamma
-        np.multiply(growth[n], 1.0 / (n + 1), out=series[n + 1])
-        if n == _ORDER - 1:
-            break
-        # u' = u p' and v' = v q'
-        total = population[n + 1]
-        np.multiply(population[0], growth[n], out=total)
-        for k in range(1, n + 1):
-            np.multiply(population[k], growth[n - k], out=product)
-            total += product
-        total *= 1.0 / (n + 1)
-    return series
-
-
-def _step(rates: np.ndarray, series: np.ndarray) -> np.ndarray:
-    """Time step, shape (N,), whose last two Taylor terms are at most the tolerance."""
-    alpha, _, _, delta = rates
-    # In a trough e^p is far below the tolerance, and so are its terms in q, even when they still
-    # grow with their order. They shrink where the step is a few e-folds of the fastest growth.
-    step: np.ndarray = _FOLDS / np.maximum(alpha, delta * np.exp(series[0, 0]))
-    for n in (_ORDER - 1, _ORDER):
-        size = np.maximum(np.abs(series[n, 0]), np.abs(series[n, 1]))
-        step = np.minimum(step, np.power(_TOLERANCE / size, 1.0 / n))
-    step = np.minimum(step, float(len(YEARS)))
-    return step
-
-
-def _evaluate(series: np.ndarray, step: np.ndarray) -> np.ndarray:
-    value: np.ndarray = series[-1].copy()
-    for coefficient in series[-2::-1]:
-        value *= step
-        value += coefficient
-    return value
 
 
 _NAMES = tuple(PUBLISHED)

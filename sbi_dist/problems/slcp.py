@@ -16,7 +16,15 @@ import numpy as np
 from sbi_dist.priors import BoxUniform
 from sbi_dist.problem import ObservationAxis, Problem
 
-__all__ = ["DRAWS", "OBSERVED", "TRUE_PARAMETERS", "log_likelihood", "problem", "simulator"]
+__all__ = [
+    "DRAWS",
+    "OBSERVED",
+    "TRUE_PARAMETERS",
+    "log_likelihood",
+    "points",
+    "problem",
+    "simulator",
+]
 
 BOUND = 3.0
 DRAWS = 4
@@ -36,7 +44,11 @@ OBSERVED = np.array(
 
 def simulator(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """x of shape (N, 8) or (8,), for theta of shape (N, 5) or (5,)."""
-    noise = rng.standard_normal((*theta.shape[:-1], DRAWS, 2))
+    return points(theta, rng.standard_normal((*theta.shape[:-1], DRAWS, 2)))
+
+
+def points(theta: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """x of shape (..., 8), made from standard normal ``noise`` (..., 4, 2)."""
     first, slope, second = (each[..., None] for each in _cholesky(theta))
     draws = np.stack(
         [

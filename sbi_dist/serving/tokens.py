@@ -58,6 +58,8 @@ class Tokens:
         seen = (about.st_mtime_ns, about.st_size, about.st_ino)
         if seen == self._seen:
             return
+        if about.st_size > _LARGEST_FILE:  # cut short, it could hold a part of a token
+            raise OSError(f"it has {about.st_size:,} bytes, and {_LARGEST_FILE:,} are the most")
         with open(self._path, encoding="utf-8") as file:
             lines = [line.strip() for line in file.read(_LARGEST_FILE).splitlines()]
         digests = [_digest(line) for line in lines if line and not line.startswith("#")]

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sbi_dist.experiment import shipped
+from sbi_dist.problems.reference import PROBLEMS
+from sbi_dist.problems.reference import PROBLEMS
 from tests.ray.conftest import ROOT
 from tests.ray.test_pipeline import said
 
@@ -69,9 +71,19 @@ def test_program(sbi_dist: Run, tmp_path: Path) -> None:
 
 
 def test_experiments_and_files_that_the_readme_names_exist() -> None:
-    assert set(shipped()) == {"coalescent", "gaussian", "lynx_hare", "slcp", "two_moons"}
+    assert set(shipped()) == {"coalescent", "gaussian", "lynx_hare", *PROBLEMS}
     for name in re.findall(r"\]\((docs/[^)]+)\)", README):
         assert (ROOT / name).is_file()
-    for stage in ("run", "simulate", "verify", "train", "tune", "infer", "report", "status"):
+    for stage in (
+        "run",
+        "simulate",
+        "verify",
+        "train",
+        "tune",
+        "calibrate",
+        "infer",
+        "report",
+        "status",
+    ):
         assert f"`sbi-dist {stage} EXPERIMENT`" in README
         assert (ROOT / "jobs" / f"{stage}.py").is_file()

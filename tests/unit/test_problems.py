@@ -12,7 +12,7 @@ from scipy.integrate import solve_ivp
 
 from sbi_dist.priors import sample_prior
 from sbi_dist.problem import load_problem
-from sbi_dist.problems import gaussian, lynx_hare
+from sbi_dist.problems import gaussian, lynx_hare, predator_prey
 
 PUBLISHED_MEAN, PUBLISHED_SD = np.array(list(lynx_hare.PUBLISHED.values())).T
 
@@ -193,7 +193,7 @@ def test_wrong_number_of_parameters() -> None:
 
 def test_rows_are_bitwise_independent() -> None:
     # More rows than are integrated together, of all degrees of stiffness.
-    theta = prior_draws(lynx_hare._BLOCK + 100, seed=2)
+    theta = prior_draws(predator_prey.BLOCK + 100, seed=2)
     whole = lynx_hare.log_populations(theta)
     order = np.random.default_rng(0).permutation(len(theta))
     np.testing.assert_array_equal(lynx_hare.log_populations(theta[order]), whole[order])

@@ -201,6 +201,8 @@ def test_tokens(root, tmp_path) -> None:
         assert [await status(each) for each in asked] == [401, 200, 200, 401, 401, 401]
         path.write_text("three\n")
         assert [await status(each) for each in ("one", "three")] == [401, 200]
+        path.write_text("four\n" * 300_000)  # too large: what was read last holds
+        assert [await status(each) for each in ("three", "four")] == [200, 401]
         path.unlink()
         assert await status("three") == 200
         assert (await client.get("/")).headers["content-security-policy"].startswith("default-src")
