@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from sbi_dist.experiment import shipped
 from sbi_dist.problems.reference import PROBLEMS
-from sbi_dist.problems.reference import PROBLEMS
 from tests.ray.conftest import ROOT
 from tests.ray.test_pipeline import said
 
