@@ -447,8 +447,12 @@ class Pipeline:
     def run(self, overlap: bool = False) -> tuple[ObjectStore, ObjectStore, str] | None:
         """All stages; folders of the draws and of the report, and the posterior's table.
 
-        With ``overlap``, training begins on what has landed while simulation goes on. None where
-        there are no observations to infer from: the model is trained all the same.
+        With ``overlap``, training begins on what has landed while simulation goes on. Where a model
+        that is calibrated is in use, the new one is calibrated too. None where there are no
+        observations to infer from: the model is trained all the same.
+
+        Raises:
+            CalibrationError: the new model failed; nothing is drawn.
         """
         if self.rounds.records(self.rounds.current()) is None:
             find_form(self.problem, self.experiment.simulate)
@@ -457,9 +461,13 @@ class Pipeline:
                 if overlap:
                     self._overlap()
                 done = self.simulate()
-                self.train()
+                model_id = self.train()
                 if done.number == self.experiment.simulate.rounds:
                     break
+            if self.promotion.model != model_id:  # another one is in use, which is calibrated
+                _, failed = self.calibrate()
+                if failed is not None:
+                    raise failed
             if self.problem.observed is None and self.experiment.infer.observations is None:
                 return None
             draws, _ = self.infer()

@@ -145,6 +145,8 @@ def test_only_a_model_that_passes_replaces_one_that_passed(
     failed = run("calibrate", *SHORT)
     assert failed.returncode == 3 and verdict(bad) == "fail", failed.stdout
     assert f"in use is {good}" in failed.stderr and promoted() == good
+    whole = run("run", *SHORT)  # with a calibrated model in use, all that follow have to be
+    assert whole.returncode == 3 and promoted() == good, whole.stderr
     by_hand = run("promote", "--model", bad)
     assert by_hand.returncode == 2 and "--force" in by_hand.stderr and promoted() == good
     assert run("calibrate", "--force", *SHORT).returncode == 0
