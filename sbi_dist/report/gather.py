@@ -185,9 +185,9 @@ def _calibration(store: ObjectStore, model_id: str) -> CalibrationFacts | None:
             draws=found["draws"],
             tests=found["tests"],
             curves=found["curves"],
-            created=found["created"],
+            created=f"{datetime.datetime.fromisoformat(found['created']):%Y-%m-%d %H:%M UTC}",
         )
-    except KeyError:  # none, or one of another version
+    except (KeyError, TypeError, ValueError):  # none, or one of another version
         return None
 
 
