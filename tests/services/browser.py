@@ -81,7 +81,7 @@ class Visit:
         width, height = size
         self.url = url
         self.context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        self.context.set_default_timeout(15_000)
+        self.context.set_default_timeout(60_000)  # long, for machines that are busy
         self.context.add_init_script(NOTE_VIOLATIONS)
         self.asked: list[str] = []
         self.errors: list[str] = []
