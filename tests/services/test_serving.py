@@ -20,7 +20,7 @@ from sbi_dist.posterior.posterior import PROMOTED
 from sbi_dist.priors import BoxUniform, prior_to_data
 from sbi_dist.store import ObjectStore, S3Store
 from tests.services.s3_server import S3Server
-from tests.services.served import Load, Served, X, until
+from tests.services.served import BUSY, Load, Served, X, until
 from tests.unit.test_untrusted_bundle import made
 
 REFRESH_S = 0.5
@@ -254,9 +254,9 @@ def test_too_many_ask(service: Served) -> None:
         assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
         assert {answer.json()["title"] for answer in refused} == {"Saturated"}
         # Half a second is the wait from which on requests are turned away; some for the work.
-        assert max(taken) < 5.0, sorted(taken)[-5:]
+        assert max(taken) < BUSY * 5.0, sorted(taken)[-5:]
         memory.append(sum(each.memory() for each in service.replicas()))
     assert memory[2] - memory[0] < 60 * MB, memory
     began = time.monotonic()
     httpx.post(f"{service.url}/v1/models/promoted/sample", json={"x": X}).raise_for_status()
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < BUSY * 2.0

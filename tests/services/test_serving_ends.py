@@ -28,7 +28,7 @@ import torch
 from sbi_dist.serving.gate import _STALLED_S
 from sbi_dist.serving.question import ARROW
 from tests.services.s3_server import ADMIN, S3Server
-from tests.services.served import ROOT, Load, Served, X, free_port, until, using
+from tests.services.served import BUSY, ROOT, Load, Served, X, free_port, until, using
 from tests.services.test_serving import Experiment, admin
 
 MB = 1_000_000
@@ -186,7 +186,8 @@ def test_slow_readers(service: Served, experiment: Experiment) -> None:
     assert max(memories.result()) - before < 2 * MEMORY_MB * MB
     assert not load.failures
     seconds = sorted(each.ended - each.began for each in load.asked)
-    assert len(seconds) > 100 and seconds[int(0.99 * len(seconds))] < MAX_WAIT_S, seconds[-5:]
+    assert len(seconds) > 100
+    assert seconds[int(0.99 * len(seconds))] < BUSY * MAX_WAIT_S, seconds[-5:]
     found = orjson.loads(content)["observations"]
     expected = experiment.models["one"].draws(torch.from_numpy(x), count, 5)[0].numpy()
     assert len(found) == rows
@@ -208,7 +209,7 @@ def test_floods(service: Served, experiment: Experiment) -> None:
         began = time.monotonic()
         url = f"{service.url}/v1/models/promoted/sample"
         httpx.post(url, json={"x": X}, headers=bearer(TOKENS[0])).raise_for_status()
-        assert time.monotonic() - began < MAX_WAIT_S
+        assert time.monotonic() - began < BUSY * MAX_WAIT_S
     # Requests may hold so much together, and the allocator may keep it.
     assert after[4] - after[1] < MEMORY_MB * MB, after
 
