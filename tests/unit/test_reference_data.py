@@ -75,7 +75,7 @@ def only_file(folder: Path, name: str) -> Path:
 # ---- tables -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tables, st.sampled_from(["\n", "\r\n"]), st.booleans())
 def test_numbers_come_back_as_they_were_written(numbers, end, compressed) -> None:
     content = written(numbers, end=end)
@@ -87,7 +87,7 @@ def test_numbers_come_back_as_they_were_written(numbers, end, compressed) -> Non
     assert found.dtype == np.float64
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tables, st.integers(-3, 3), st.integers(-3, 3))
 def test_another_number_of_rows_or_columns_is_refused(numbers, more_rows, more_columns) -> None:
     rows, columns = numbers.shape[0] + more_rows, numbers.shape[1] + more_columns
@@ -96,7 +96,7 @@ def test_another_number_of_rows_or_columns_is_refused(numbers, more_rows, more_c
             parse_table(written(numbers), rows, columns, "x.csv")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tables, st.data())
 def test_what_is_no_finite_number_is_refused(numbers, data) -> None:
     text = [line.split(",") for line in written(numbers).decode().splitlines()]
@@ -109,7 +109,7 @@ def test_what_is_no_finite_number_is_refused(numbers, data) -> None:
         table_of(numbers, "\n".join(map(",".join, text)).encode())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60), st.sampled_from(["x.csv", "x.csv.bz2"]), st.integers(1, 3))
 def test_any_bytes_are_a_table_or_refused(content, named, columns) -> None:
     try:
@@ -122,7 +122,7 @@ def test_any_bytes_are_a_table_or_refused(content, named, columns) -> None:
     assert refused is None or (named in refused and INSTALL in refused)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(tables, st.data())
 def test_a_file_that_is_cut_short_is_refused(numbers, data) -> None:
     content = bz2.compress(written(numbers))

@@ -241,19 +241,20 @@ def student_t(draws: np.ndarray, freedom: int, widening: float) -> stats.multiva
 def test_unimodal_posteriors(task) -> None:
     """By a t distribution fitted to the reference draws; of the logarithms of rates.
 
-    With ten times the draws the reference means of lotka_volterra are off by up to 0.035 posterior
-    standard deviations (observation 4): its posteriors are as sensitive to the solver's tolerance.
+    With ten times as many draws the reference means of lotka_volterra are off by up to 0.035
+    posterior standard deviations (observation 4), beyond chance. Its solver may be why: scipy's
+    RK45 with a tolerance of 1e-4 moves these means by 0.024, though the other way.
     """
     problem, found = reference_problem(task), []
     rates = task != "bernoulli_glm"
     for reference in references(task):
         proposal = student_t(np.log(reference.draws) if rates else reference.draws, 8, 1.2)
-        line = proposal.rvs(20_000, random_state=np.random.default_rng(reference.number))
+        line = proposal.rvs(10_000, random_state=np.random.default_rng(reference.number))
         theta = np.exp(line) if rates else line
         log_weight = log_posterior(problem, theta, reference.observation) - proposal.logpdf(line)
         if rates:
             log_weight += line.sum(1)
-        found.append(weighted_scores(reference.draws, theta, log_weight, least=10_000))
+        found.append(weighted_scores(reference.draws, theta, log_weight, least=5000))
     assert_equal_posteriors(found)
 
 
