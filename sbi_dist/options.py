@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from sbi_dist.errors import InputError
 
-__all__ = ["Options", "nearest", "option"]
+__all__ = ["Options", "nearest", "option", "resources"]
 
 
 def option(
@@ -87,6 +87,12 @@ class Options:
             for field in dataclasses.fields(self)
             if field.metadata.get("outcome", True)
         }
+
+
+def resources(cpus: float, gpus: float) -> dict[str, float]:
+    """What a process takes, by Ray's names."""
+    wanted = {"CPU": float(cpus), "GPU": float(gpus)}
+    return {name: amount for name, amount in wanted.items() if amount}
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

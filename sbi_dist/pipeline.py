@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sbi_dist.calibration.stage import calibrate, held_out_simulations, reference_of
+from sbi_dist.calibration.stage import calibrate, held_out_simulations
 from sbi_dist.calibration.text import as_text
 from sbi_dist.catalog.infer import FORMAT, MANIFEST, PREDICTIVE
 from sbi_dist.catalog.infer import infer as infer_catalog
@@ -169,12 +169,10 @@ class Pipeline:
 
     def _put_in_use(self, model_id: str) -> None:
         if not self.promotion.trained(model_id):
-            verdict = self.promotion.verdict(model_id)
-            why = "it failed its calibration" if verdict == "fail" else "that one is calibrated"
-            say(
-                f"train: model {self.promotion.model} stays in use, as {why}; run `sbi-dist "
-                "calibrate` to put the new one in use if it passes"
-            )
+            why = "it is calibrated; `sbi-dist calibrate` replaces it if the new one passes"
+            if self.promotion.verdict(model_id) == "fail":
+                why = "the new one failed its calibration"
+            say(f"train: model {self.promotion.model} stays in use: {why}")
 
     def calibrate(self, force: bool = False) -> tuple[str, CalibrationError | None]:
         """Check the trained model against held-out simulations, and put it in use if it passes.
@@ -207,7 +205,7 @@ class Pipeline:
             found = calibrate(
                 model,
                 held_out,
-                reference_of(this.store, records, options.seed),
+                (this.store, records),
                 options,
                 self.store.child(f"calibration/{model_id}"),
                 self.experiment.name,

@@ -15,14 +15,16 @@ from sbi_dist.options import nearest
 from sbi_dist.posterior.posterior import PROMOTED
 from sbi_dist.store import ObjectStore
 
-__all__ = ["FORMER", "Promotion", "calibration_key"]
+__all__ = ["CALIBRATION", "FORMER", "Promotion", "calibration_key"]
+
+CALIBRATION = "calibration.json"  # the outcome of a model's latest calibration
 
 FORMER = "former"  # stands for the model that was in use before
 
 
 def calibration_key(model_id: str) -> str:
     """Where the outcome of a model's latest calibration is kept."""
-    return f"calibration/{model_id}/calibration.json"
+    return f"calibration/{model_id}/{CALIBRATION}"
 
 
 class Promotion:

@@ -20,11 +20,8 @@ from sbi_dist.calibration.options import CalibrateOptions
 from sbi_dist.calibration.reduce import reduce_block
 from sbi_dist.calibration.reference import Regression, Scale
 from sbi_dist.calibration.table import Ranks, from_arrow, merge, to_arrow
-from sbi_dist.catalog.actor import PartRecord
+from sbi_dist.catalog.actor import PartRecord, load_posterior
 from sbi_dist.catalog.plan import Part, rows_at_once
-from sbi_dist.errors import InputError
-from sbi_dist.posterior.posterior import Posterior
-from sbi_dist.posterior.sampler import Sampler
 from sbi_dist.store import ObjectStore
 
 __all__ = ["CalibrationActor", "Reference", "decode", "encode"]
@@ -36,11 +33,11 @@ class Reference:
 
     Attributes:
         scale: of each parameter.
-        regression: a guess of the parameters by x.
+        regression: a guess of the parameters by x; None where they are too few for one.
     """
 
     scale: Scale
-    regression: Regression
+    regression: Regression | None
 
 
 class CalibrationActor:
@@ -63,14 +60,7 @@ class CalibrationActor:
         held_out: HeldOut,
     ) -> None:
         torch.set_num_threads(max(1, int(options.cpus_per_actor)))
-        self._posterior = Posterior.from_store(model)
-        if options.gpus_per_actor:
-            if not torch.cuda.is_available():
-                raise InputError(
-                    f"calibrate.gpus_per_actor is {options.gpus_per_actor:g}, but torch finds no "
-                    "GPU on the actor's machine; install a build of torch with CUDA, or use 0"
-                )
-            self._posterior.sampler = Sampler(self._posterior.estimator, "cuda")
+        self._posterior = load_posterior(model, options.gpus_per_actor, "calibrate")
         self._options, self._target = options, target
         self._reference, self._held_out = reference, held_out
 
@@ -107,6 +97,7 @@ class CalibrationActor:
 
     def _block(self, row: np.ndarray, theta: np.ndarray, x: np.ndarray) -> Ranks:
         posterior, options = self._posterior, self._options
+        regression = self._reference.regression
         if not len(row):
             nothing = np.zeros((0, options.num_draws, posterior.estimator.num_parameters))
             return reduce_block(row, theta, nothing, scale=self._reference.scale, seed=options.seed)
@@ -123,7 +114,7 @@ class CalibrationActor:
             log_q.numpy(),
             log_q_theta.numpy(),
             scale=self._reference.scale,
-            reference=self._reference.regression.predict(x),
+            reference=None if regression is None else regression.predict(x),
             ood=posterior.out_of_distribution(given)[1],
             seed=options.seed,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sbi_dist.options import Options, option
+from sbi_dist.options import Options, option, resources
 
 __all__ = ["CalibrateOptions"]
 
@@ -32,5 +32,4 @@ class CalibrateOptions(Options):
 
     def resources(self) -> dict[str, float]:
         """What one actor takes, by Ray's names."""
-        wanted = {"CPU": float(self.cpus_per_actor), "GPU": float(self.gpus_per_actor)}
-        return {name: amount for name, amount in wanted.items() if amount}
+        return resources(self.cpus_per_actor, self.gpus_per_actor)

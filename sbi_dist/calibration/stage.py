@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
 
 from sbi_dist.calibration.actor import CalibrationActor, Reference, decode, encode
 from sbi_dist.calibration.held_out import HeldOut, HeldOutOptions
@@ -29,6 +31,7 @@ from sbi_dist.experiment import digest
 from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.problem import Problem
 from sbi_dist.progress import Progress
+from sbi_dist.promotion import CALIBRATION
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.simulation.driver import simulate
 from sbi_dist.simulation.options import SimulateOptions
@@ -36,15 +39,16 @@ from sbi_dist.simulation.prepare import FORMAT as SIMULATION_FORMAT
 from sbi_dist.simulation.shard import ShardRecord
 from sbi_dist.store import ObjectStore
 
-__all__ = ["CALIBRATION", "RANKS", "calibrate", "held_out_simulations", "reference_of"]
+__all__ = ["RANKS", "calibrate", "held_out_simulations"]
 
 # Changes when the tables of the same request are others than before.
 FORMAT = 1
-CALIBRATION, RANKS = "calibration.json", "ranks.parquet"
+RANKS = "ranks.parquet"
 # A part is some seconds of work.
 _PART_DRAWS = 10**6
 # Simulations of the training that say what the parameters are like, and how x tells of them.
-_REFERENCE_ROWS = 10_000
+_REFERENCE_ROWS, _REFERENCE_BYTES = 10_000, 256 * 1024**2
+_FEWEST = 20  # for a regression
 _READERS = 16
 
 
@@ -74,32 +78,34 @@ def held_out_simulations(
     return HeldOut(name, store, records)
 
 
-def reference_of(dataset: ObjectStore, records: Sequence[ShardRecord], seed: int) -> Reference:
-    """Of the simulations that a model was trained on, of up to 10,000 of them."""
+def _reference(dataset: ObjectStore, records: Sequence[ShardRecord], seed: int) -> Reference:
+    """Of the simulations that a model was trained on: of up to 10,000 of them, or 256 MB."""
     theta: list[np.ndarray] = []
     x: list[np.ndarray] = []
     rows = 0
     for record in records:
         shard = Dataset(dataset).read(record)
-        ok = np.flatnonzero(shard.ok)[: _REFERENCE_ROWS - rows]
+        each = 4 * max(1, math.prod(shard.x.shape[1:]))
+        most = min(_REFERENCE_ROWS, max(_FEWEST, _REFERENCE_BYTES // each))
+        ok = np.flatnonzero(shard.ok)[: most - rows]
         theta.append(shard.theta[ok])
         x.append(shard.x[ok])
         rows += len(ok)
-        if rows >= _REFERENCE_ROWS:
+        if rows >= most:
             break
     together = np.concatenate(theta)
-    regression = Regression.fit(together, np.concatenate(x), seed=seed)
-    return Reference(Scale.of(together), regression)
+    if rows < _FEWEST:
+        return Reference(Scale.of(together), None)
+    return Reference(Scale.of(together), Regression.fit(together, np.concatenate(x), seed=seed))
 
 
 def calibrate(
     model: ObjectStore,
     held_out: HeldOut,
-    reference: Reference,
+    trained_on: tuple[ObjectStore, Sequence[ShardRecord]],
     options: CalibrateOptions,
     target: ObjectStore,
     experiment: str = "",
-    show_progress: bool = True,
 ) -> dict[str, Any]:
     """Draw for all held-out simulations, test, and store the verdict; the verdict.
 
@@ -107,6 +113,9 @@ def calibrate(
 
     Writes ``ranks.parquet`` and then ``calibration.json`` to ``target``, where those of an earlier
     calibration are replaced; the parts lie in a folder of their own for each setting.
+
+    Args:
+        trained_on: the dataset of the model, and its shards.
 
     Raises:
         InputError: the cluster is too small, or the store refuses.
@@ -125,19 +134,29 @@ def calibrate(
     every = parts(len(held_out), max(1, _PART_DRAWS // options.num_draws))
     there = set(folder.list("part-"))
     missing = [part for part in every if part.key not in there]
-    several = show_progress and len(every) > 1
     stored = [PartRecord(part.number, {"ok": len(part)}) for part in every if part.key in there]
     already = sum(record.statuses["ok"] for record in stored)
-    with Progress("calibrate", len(held_out), "simulations", already, several) as progress:
+    with Progress("calibrate", len(held_out), "simulations", already, len(every) > 1) as progress:
         labels = {"experiment": experiment, "catalog": f"held-out-{held_out.name}"}
         live = Live(len(held_out), options.num_draws, labels, progress)
         live.already(stored)
-        given = (model, options, folder, reference)
-        if len(every) == 1 and missing:
-            live.landed(CalibrationActor(*given, held_out).draw(missing[0])[0][0])
-        elif missing:
-            _on_ray(missing, held_out, options, given, live)
+        if missing:
+            given = (model, options, folder, _reference(*trained_on, options.seed))
+            if len(every) == 1:
+                live.landed(_here(missing[0], given, held_out))
+            else:
+                _on_ray(missing, held_out, options, given, live)
     return _judged(posterior, folder, every, request, target)
+
+
+def _here(part: Part, given: tuple[Any, ...], held_out: HeldOut) -> PartRecord:
+    threads = torch.get_num_threads()  # which an actor sets for its process
+    try:
+        arguments = (*given, held_out)
+        (record,), _ = CalibrationActor(*arguments).draw(part)
+    finally:
+        torch.set_num_threads(threads)
+    return record
 
 
 def _on_ray(

@@ -28,7 +28,7 @@ from sbi_dist.posterior.sampler import Sampler
 from sbi_dist.problem import Problem
 from sbi_dist.store import ObjectStore
 
-__all__ = ["CatalogActor", "PartRecord", "PartWriter"]
+__all__ = ["CatalogActor", "PartRecord", "PartWriter", "load_posterior"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,23 @@ class PartWriter:
         return put
 
 
+def load_posterior(model: ObjectStore, gpus: float, stage: str) -> Posterior:
+    """The posterior of a model's folder, which draws on a GPU where there are any to use.
+
+    Raises:
+        InputError: there are none.
+    """
+    posterior = Posterior.from_store(model)
+    if gpus:
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"{stage}.gpus_per_actor is {gpus:g}, but torch finds no GPU on the actor's "
+                "machine; install a build of torch with CUDA, or use 0"
+            )
+        posterior.sampler = Sampler(posterior.estimator, "cuda")
+    return posterior
+
+
 class CatalogActor:
     """Writes parts of one catalog.
 
@@ -110,14 +127,7 @@ class CatalogActor:
         source: Source | None,
     ) -> None:
         torch.set_num_threads(max(1, int(options.cpus_per_actor)))
-        posterior = Posterior.from_store(model)
-        if options.gpus_per_actor:
-            if not torch.cuda.is_available():
-                raise InputError(
-                    f"infer.gpus_per_actor is {options.gpus_per_actor:g}, but torch finds no GPU "
-                    "on the actor's machine; install a build of torch with CUDA, or use 0"
-                )
-            posterior.sampler = Sampler(posterior.estimator, "cuda")
+        posterior = load_posterior(model, options.gpus_per_actor, "infer")
         loaded = None if problem is None else pickle.loads(problem)
         self._writer = PartWriter(posterior, options, target, metadata, loaded)
         self._source = source

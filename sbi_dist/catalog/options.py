@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 
 from sbi_dist.errors import InputError
-from sbi_dist.options import Options, option
+from sbi_dist.options import Options, option, resources
 
 __all__ = ["InferOptions"]
 
@@ -84,5 +84,4 @@ class InferOptions(Options):
 
     def resources(self) -> dict[str, float]:
         """What one actor takes, by Ray's names."""
-        wanted = {"CPU": float(self.cpus_per_actor), "GPU": float(self.gpus_per_actor)}
-        return {name: amount for name, amount in wanted.items() if amount}
+        return resources(self.cpus_per_actor, self.gpus_per_actor)

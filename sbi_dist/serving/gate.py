@@ -96,7 +96,7 @@ class Gate:
             self._check_token(path, headers.get(b"authorization"))
             state["deadline"] = began + self._timeout(headers.get(b"x-timeout-s"))
             if scope["method"] == "POST":
-                await self._room()
+                await self._room(state["deadline"])
             await self._app(scope, receive, sending)
         except Refusal as refusal:
             await _answer(refusal, identifier, sending)
@@ -111,7 +111,7 @@ class Gate:
             raise
         except Exception as error:
             cause = error.__cause__  # where Starlette has it once the answer has begun
-            if isinstance(cause, Refusal):
+            if status and isinstance(cause, Refusal):
                 outcome = _OUTCOMES.get(cause.status, "error")
                 _log.warning("request %s broke off: %s", identifier, cause.detail)
                 raise
@@ -135,7 +135,7 @@ class Gate:
             operation = last if last in _OPERATIONS else "other"
             self._service.count(operation, outcome, time.monotonic() - began)
 
-    async def _room(self) -> None:
+    async def _room(self, deadline: float) -> None:
         """Turn a request away before it is read: under a flood, that must cost next to nothing.
 
         Not at once, as callers that come again at once would keep the service from its work.
@@ -151,7 +151,7 @@ class Gate:
                 raise
             self._held += 1
             try:
-                await asyncio.sleep(_HOLD_S)
+                await asyncio.sleep(min(_HOLD_S, max(0.0, deadline - time.monotonic())))
             finally:
                 self._held -= 1
             queue.check()

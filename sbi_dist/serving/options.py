@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from sbi_dist.errors import InputError
-from sbi_dist.options import Options, option
+from sbi_dist.options import Options, option, resources
 
 __all__ = ["ServeOptions"]
 
@@ -38,7 +38,11 @@ class ServeOptions(Options):
     timeout_s: float = option(60.0, "time for a request that names no X-Timeout-S", gt=0, le=86_400)
     max_timeout_s: float = option(600.0, "time that a request may ask for", gt=0, le=86_400)
     max_wait_s: float = option(
-        2.0, "expected wait from which on requests are turned away (503)", gt=0, le=3600
+        2.0,
+        "expected wait from which on requests are turned away (503); a large one may wait for four "
+        "times what it takes itself",
+        gt=0,
+        le=3600,
     )
     max_requests: int = option(512, "requests at once, of a replica", ge=1, le=100_000)
     max_observations: int = option(100_000, "observations of a request", ge=1)
@@ -74,5 +78,4 @@ class ServeOptions(Options):
 
     def resources(self) -> dict[str, float]:
         """What one replica takes, by Ray's names."""
-        wanted = {"CPU": float(self.cpus_per_replica), "GPU": float(self.gpus_per_replica)}
-        return {name: amount for name, amount in wanted.items() if amount}
+        return resources(self.cpus_per_replica, self.gpus_per_replica)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from sbi_dist.estimation.bundle import BUNDLE, WEIGHTS
 from sbi_dist.posterior.posterior import PROMOTED
+from sbi_dist.promotion import calibration_key
 from sbi_dist.serving.model import Verdict, verdict_of
 from sbi_dist.store import ObjectStore
 
@@ -102,11 +103,11 @@ class Stored:
 
     def verdict_identity(self, name: str) -> tuple[int, str] | None:
         """That of what calibration wrote; None where it wrote nothing."""
-        return self._identity(f"calibration/{name}/calibration.json")
+        return self._identity(calibration_key(name))
 
     def verdict(self, name: str) -> Verdict | None:
         """What calibration wrote, if it is valid."""
-        return verdict_of(self._note(f"calibration/{name}/calibration.json"))
+        return verdict_of(self._note(calibration_key(name)))
 
     def names(self, known: set[str]) -> list[str]:
         """Models that have a bundle, in order; those of ``known`` are not looked at again."""

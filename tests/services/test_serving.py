@@ -24,8 +24,8 @@ from tests.services.served import BUSY, Load, Served, X, until
 from tests.unit.test_untrusted_bundle import made
 
 REFRESH_S = 0.5
-FOLLOWS_S = 60.0  # within this a promoted model is the one that answers, on a busy machine
-NOTICED_S = 0.5  # within this the proxy has seen that a replica's connections are closed
+FOLLOWS_S = 10.0 * BUSY  # within this a promoted model is the one that answers
+NOTICED_S = 0.1 * BUSY  # within this the proxy has seen that a replica's connections are closed
 MODELS = ("one", "two")
 MB = 1_000_000
 

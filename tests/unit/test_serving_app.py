@@ -316,3 +316,17 @@ def test_an_answer_whose_time_is_up_in_its_midst_breaks_off(root, caplog) -> Non
         assert service._requests["sample", "timeout"] >= 1
 
     serve(root, scenario)
+
+
+def test_who_is_turned_away_does_not_wait_beyond_its_time(root, monkeypatch) -> None:
+    monkeypatch.setattr("sbi_dist.serving.gate._HOLD_S", 600.0)
+
+    async def scenario(client, service, app) -> None:
+        deadline = asyncio.get_running_loop().time() + 600
+        with contextlib.ExitStack() as others:
+            for _ in range(2):
+                others.enter_context(service.queue.admitted(1e6, deadline))
+            question = {"x": X[:1].tolist(), "num_samples": 10}
+            problem(await client.post(SAMPLE, json=question, headers={"x-timeout-s": "0.1"}), 503)
+
+    serve(root, scenario, max_requests=2)
