@@ -18,6 +18,7 @@ import click
 import yaml
 
 from sbi_dist.errors import InputError, StageError
+from sbi_dist.submission.cli import jobs, submit
 
 __all__ = ["main", "run_command"]
 
@@ -175,6 +176,47 @@ def calibrate(force: bool, **arguments: Any) -> None:
 
 
 @cli.command()
+@click.option(
+    "--sizes",
+    default="1000,10000,100000",
+    show_default=True,
+    metavar="NUMBERS",
+    help="Numbers of simulations to train on.",
+)
+@click.option(
+    "--observations",
+    type=int,
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Compare on the first N of the ten observations.",
+)
+@click.option(
+    "--num-draws", type=int, default=10_000, show_default=True, metavar="N", help="Draws of each."
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a field of the experiments, as in --set train.ensemble=3; repeatable.",
+)
+@click.option("--store", metavar="URI", help="Directory or s3://bucket/prefix for the results.")
+@click.option("--address", metavar="RAY", help="Ray cluster; default: one started here.")
+@click.argument("tasks", nargs=-1, metavar="[TASK]...")
+def benchmark(**arguments: Any) -> None:
+    """Train on the SBI benchmark's problems; compare with its reference draws by C2ST.
+
+    TASK is one of the problems, by default all nine. Results are kept in the store: run it again to
+    go on, or with more sizes or observations.
+    """
+    from sbi_dist.benchmark.command import benchmark as compare
+
+    table, folder = compare(**arguments)
+    click.echo(f"{table}\n{folder}")
+
+
+@cli.command()
 @_infer_options
 @_common
 def infer(
@@ -277,6 +319,9 @@ def query(**arguments: Any) -> None:
     if found is not None:
         click.echo(found)
 
+
+cli.add_command(submit)
+cli.add_command(jobs)
 
 # The signal that asked the process to stop; a KeyboardInterrupt passes through Ray, its number
 # does not.

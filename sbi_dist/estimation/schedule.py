@@ -21,7 +21,9 @@ _WARM_UP_STEPS = 50
 _LEVEL_STEPS = 5000  # steps before the rate falls as one over the root of their number
 _REACH = 10.0  # the average is over about the last 1/11 of all steps
 _LEAST_GAIN = 0.002  # nats; less is not worth more epochs
-_PATIENCE, _PATIENT_PART = 5, 0.25  # epochs, and part of the epochs so far
+# Epochs, part of the epochs so far, and steps: with few simulations, several epochs go by before
+# the first gain where x tells of theta by its square only (slcp, say).
+_PATIENCE, _PATIENT_PART, _PATIENT_STEPS = 5, 0.25, 100
 
 
 def batch_size_for(options: TrainOptions, training: int) -> int:
@@ -97,7 +99,7 @@ class Schedule:
             return self.options.patience
         if self.options.schedule == "plateau":
             return float(np.clip(round(300 / self.steps), 3, 5))
-        return max(_PATIENCE, _PATIENT_PART * self._epochs)
+        return max(_PATIENCE, _PATIENT_PART * self._epochs, math.ceil(_PATIENT_STEPS / self.steps))
 
     def lower(self) -> None:
         """Lower the learning rate after a loss that was no number, whose epoch does not count."""

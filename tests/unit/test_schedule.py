@@ -70,6 +70,14 @@ def test_patience_grows_with_the_training() -> None:
     assert early.finished
 
 
+def test_few_steps_in_an_epoch_are_given_time() -> None:
+    schedule, epochs = made(steps=5), 0
+    while not schedule.finished:
+        epoch(schedule, 2.0)
+        epochs += 1
+    assert epochs * 5 == 100
+
+
 def test_a_plateau_lowers_the_rate_and_goes_back() -> None:
     schedule = made(schedule="plateau", patience=2, decays=2, learning_rate=0.1)
     told = [(epoch(schedule, 2.0), schedule.peak, schedule.finished) for _ in range(6)]
