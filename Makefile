@@ -25,7 +25,7 @@ help:
 run: $(VENV)/.runtime
 	$(VENV)/bin/sbi-dist run lynx_hare
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.policy
 	@# A process for each core: threads of their own would only wait for each other.
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/unit tests/manifests -n auto
 	@# These wait more than they compute, so that both take little longer than one.
@@ -79,6 +79,14 @@ $(VENV)/.test $(VENV)/.benchmark: $(VENV)/.%: $(VENV)/.torch
 	@# Its reference posteriors are read as data; what it depends on is not needed for that.
 	@$(INSTALL) --no-deps sbibm==1.1.0
 	@touch $@ $(VENV)/.runtime
+
+# The policy linter of the Kubernetes manifests. Alone, as it does not fit the project's versions.
+$(VENV)/.policy: $(VENV)/.created tests/manifests/policy.lock
+	@echo "Installing checkov into $(VENV)/policy; this takes half a minute."
+	@$(VENV)/bin/python -m venv --clear $(VENV)/policy
+	@$(VENV)/policy/bin/python -m pip -qq --disable-pip-version-check install \
+	    -r tests/manifests/policy.lock
+	@touch $@
 
 # A local version (torch's +cpu) is dropped: which build of a version is installed differs by
 # machine. The file is left alone when nothing changed, so that no set-up runs again.

@@ -7,6 +7,7 @@ and what overrides its fields.
 from __future__ import annotations
 
 import gc
+import json
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
+from sbi_dist.errors import InputError
 from sbi_dist.experiment import Experiment, load_experiment
 from sbi_dist.serving.app import make_app
 from sbi_dist.serving.options import ServeOptions
@@ -131,8 +133,16 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     Args:
         arguments: ``experiment``, a file or the name of a shipped experiment; and, by their paths,
             fields that override its own, as ``{"store": ..., "serve.max_replicas": 8}``.
+
+    Raises:
+        InputError: there is no such experiment or field, or a value is not what the field takes.
     """
     given = dict(arguments)
-    reference = given.pop("experiment")
-    overrides = [f"{key}={value}" for key, value in given.items()]
-    return deployed(load_experiment(str(reference), overrides)[0])
+    reference = given.pop("experiment", None)
+    if not isinstance(reference, str) or not reference:
+        raise InputError(
+            f"args.experiment is {reference!r}; give a file, or the name of a shipped experiment"
+        )
+    # JSON is YAML, which overrides are in: each value stays of the type that it has here.
+    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    return deployed(load_experiment(reference, overrides)[0])
