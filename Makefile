@@ -34,13 +34,13 @@ test: $(VENV)/.test $(VENV)/.policy
 	wait $$services || status=$$?; cat "$$log"; rm -f "$$log"; exit $$status
 
 lint: $(VENV)/.test
-	$(VENV)/bin/ruff check sbi_dist tests jobs
-	$(VENV)/bin/ruff format --check sbi_dist tests jobs
+	$(VENV)/bin/ruff check sbi_dist tests jobs cluster k8s
+	$(VENV)/bin/ruff format --check sbi_dist tests jobs cluster k8s
 	$(VENV)/bin/mypy
 
 format: $(VENV)/.test
-	$(VENV)/bin/ruff check --fix sbi_dist tests jobs
-	$(VENV)/bin/ruff format sbi_dist tests jobs
+	$(VENV)/bin/ruff check --fix sbi_dist tests jobs cluster k8s
+	$(VENV)/bin/ruff format sbi_dist tests jobs cluster k8s
 
 benchmark: $(VENV)/.benchmark
 	$(VENV)/bin/python -m tests.benchmarks

@@ -37,8 +37,10 @@ def benchmark(
     overrides = (*overrides, f"store={yaml.safe_dump(place).splitlines()[0]}")
     asked = Asked.of(tasks, _numbers(sizes), observations, num_draws, overrides)
     first = asked.cells[0].experiment
-    # A table for each choice of settings; more tasks or observations write it anew.
-    name = digest([first.train.outcome(), first.simulate.seed, num_draws], 6)
+    # Of its own, so that a part of the benchmark does not replace the table of all.
+    chosen = [[cell.task, cell.size] for cell in asked.cells]
+    outcome = [first.train.outcome(), first.simulate.seed]
+    name = digest([chosen, observations, num_draws, *outcome], 6)
     folder = open_store(first.store, first.store_patience_s).child(f"benchmark/{name}")
     rows = as_rows(run_cells(asked, address))
     table = as_text(rows)

@@ -15,6 +15,7 @@ from sbi_dist.benchmark.cell import Cell, Trained, judge, together
 from sbi_dist.benchmark.options import Asked
 from sbi_dist.benchmark.published import NPE
 from sbi_dist.errors import InputError, StageError
+from sbi_dist.problems.reference import reference_problem
 from sbi_dist.progress import Progress, say
 from sbi_dist.session import connected, require
 
@@ -56,7 +57,7 @@ def run_cells(asked: Asked, address: str | None) -> dict[Cell, dict[int, float]]
             for cell, kind, result in tasks.ended():
                 if kind is _train:
                     left = [number for number in numbers if number not in found[cell]]
-                    for group in together(left, _size(models[cell])):
+                    for group in together(left, reference_problem(cell.task).num_parameters):
                         tasks.start(cell, judge, models[cell], group)
                     continue
                 found[cell].update(result)
@@ -64,12 +65,6 @@ def run_cells(asked: Asked, address: str | None) -> dict[Cell, dict[int, float]]
                 if len(found[cell]) == len(numbers):
                     _say_cell(cell, found[cell])
     return found
-
-
-def _size(trained: Trained) -> int:
-    from sbi_dist.problems.reference import reference_problem
-
-    return reference_problem(trained.task).num_parameters
 
 
 def _say_cell(cell: Cell, found: dict[int, float]) -> None:

@@ -230,6 +230,26 @@ def marked(entry: str) -> list[int]:
     return found
 
 
+def titled(title: str) -> list[int]:
+    """Descendants of this process, and what Ray started for it, whose title begins so."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(title.encode()) and ours(path.parent):
+                found.append(int(path.parent.name))
+    return found
+
+
+def ours(process: Path) -> bool:
+    """Whether this process is an ancestor of another, given as its folder in /proc."""
+    while process.name not in ("0", "1"):
+        if int(process.name) == os.getpid():
+            return True
+        parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+        process = Path("/proc", parent)
+    return False
+
+
 def wait_until(met: Callable[[], object], what: str, patience_s: float = 90) -> None:
     """Wait for something that is bound to come."""
     deadline = time.monotonic() + patience_s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ from sbi_dist.pipeline import Pipeline
 from sbi_dist.posterior.posterior import PROMOTED
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.store import LocalStore
-from tests.ray.conftest import command, environment, wait_until, write_experiment
+from tests.ray.conftest import command, environment, titled, wait_until, write_experiment
 
 HELD_OUT, DRAWS = 300, 50_000  # in 15 parts of a million draws
 SIZE = (
@@ -29,12 +28,7 @@ SIZE = (
 
 def actors() -> list[int]:
     """Process ids of the actors that draw."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"ray::CalibrationActor"):
-                found.append(int(path.parent.name))
-    return found
+    return titled("ray::CalibrationActor")
 
 
 def test_kills_change_nothing(

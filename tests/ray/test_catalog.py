@@ -28,7 +28,7 @@ from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.store import LocalStore, ObjectStore
 from tests.ray import catalogs
 from tests.ray.catalogs import BAD, HIGH, LOW, NUM_SAMPLES, PARTS, ROWS
-from tests.ray.conftest import command, environment, wait_until
+from tests.ray.conftest import command, environment, titled, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
 
 def actors() -> list[int]:
     """Process ids of the actors that draw."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"ray::CatalogActor"):
-                found.append(int(path.parent.name))
-    return found
+    return titled("ray::CatalogActor")
 
 
 @contextlib.contextmanager

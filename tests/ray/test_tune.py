@@ -24,7 +24,7 @@ from sbi_dist.pipeline import Pipeline
 from sbi_dist.priors import support_bounds
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.tuning.search import Search, plan_search
-from tests.ray.conftest import SLOW, command, environment, wait_until, write_experiment
+from tests.ray.conftest import SLOW, command, environment, ours, wait_until, write_experiment
 
 # Bent, so that the linear regression that training starts from is far from the best.
 BENT = SLOW.replace("time.sleep(0.004)", "theta = theta + [0, 2 * theta[0] ** 2]")
@@ -113,16 +113,6 @@ def trial_processes() -> set[int]:
             if b"ImplicitFunc" in path.read_bytes().split(b"\0")[0] and ours(path.parent):
                 found.add(int(path.parent.name))
     return found
-
-
-def ours(process: Path) -> bool:
-    """Whether this process is an ancestor of another, given as its folder in /proc."""
-    while process.name not in ("0", "1"):
-        if int(process.name) == os.getpid():
-            return True
-        parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-        process = Path("/proc", parent)
-    return False
 
 
 def times(folder: Path) -> dict[str, int]:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,9 @@ import uuid
 from pathlib import Path
 
 import httpx
+
+from cluster.local.ports import free_ports
+from tests.ray.conftest import marked
 
 __all__ = ["NotStarted", "RayHead"]
 
@@ -40,7 +42,7 @@ class RayHead:
         self.folder = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))
         self.token = uuid.uuid4().hex + uuid.uuid4().hex
         self._mark = f"SBI_DIST_TEST_HEAD={uuid.uuid4().hex}"
-        ports = _free_ports(7)
+        ports = free_ports(7)
         self.url, self.address = f"http://127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}"
         clean = {
             key: value
@@ -95,31 +97,10 @@ class RayHead:
     def stop(self) -> None:
         """End it at once, with all that it started. In order it would wait for 30 s."""
         deadline = time.monotonic() + 10
-        while (left := self._left()) and time.monotonic() < deadline:
+        while (left := marked(self._mark)) and time.monotonic() < deadline:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.1)
         self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _left(self) -> list[int]:
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if self._mark.encode() in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
-            except OSError:
-                continue
-        return found
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +13,8 @@ import time
 import uuid
 from pathlib import Path
 from typing import Any
+
+from cluster.local.ports import free_ports
 
 __all__ = ["NotStarted", "S3Server"]
 
@@ -65,7 +65,7 @@ class S3Server:
         self._folder = Path(tempfile.mkdtemp(prefix="s3-server-"))
         (self._folder / "data").mkdir()
         (self._folder / "s3.json").write_text(json.dumps(CONFIGURATION))
-        master, volume, filer, self.port = _free_ports(4)
+        master, volume, filer, self.port = free_ports(4, also_above=10_000)  # gRPC's
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._command = [
             program,
@@ -172,23 +172,3 @@ class S3Server:
                 problem = str(error)
                 time.sleep(0.1)
         raise NotStarted(f"weed does not serve after {START_S:.0f} s: {problem}")
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free, and the ones 10,000 above too, which weed takes for its gRPC."""
-    found: list[int] = []
-    draw = random.Random()
-    while len(found) < count:
-        port = draw.randrange(20_000, 45_000)
-        if port not in found and _is_free(port) and _is_free(port + 10_000):
-            found.append(port)
-    return found
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cluster.local.ports import free_ports
+
 __all__ = ["NotStarted", "Slurm"]
 
 START_S = 60.0
@@ -69,7 +71,7 @@ class Slurm:
         # No GPU, but Slurm counts and hands it out like one.
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
         configuration = self.folder / "slurm.conf"
-        controller, n1, n2 = _free_ports(3)
+        controller, n1, n2 = free_ports(3)
         configuration.write_text(
             CONFIGURATION.format(
                 host=socket.gethostname().split(".")[0],
@@ -161,14 +163,3 @@ class Slurm:
                 process.kill()
                 process.wait(20)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.autoscaler._private.util import prepare_config
 
+from cluster.local.ports import free_ports
+
 FILE = Path(__file__).parents[2] / "cluster/ray/cluster.yaml"
 # Prints the types of the nodes that live; what is asked for comes first, where there is a demand.
 _LOOK = """
@@ -34,12 +35,6 @@ if sys.argv[2:]:
     request_resources(bundles=json.loads(sys.argv[2]))
 print(json.dumps([sorted(n["Resources"]) for n in ray.nodes() if n["Alive"]]))
 """
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 def _for_this_machine(address: str) -> dict[str, Any]:
@@ -71,7 +66,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         # Ray's pretended machines, and drivers, take this address of the machine for its own.
-        self.address = f"{get_node_ip_address()}:{_free_port()}"
+        self.address = f"{get_node_ip_address()}:{free_ports(1)[0]}"
         self._mark = f"SBI_DIST_TEST={secrets.token_hex(8)}"
         # Ray's sockets need a short path.
         self._temporary = tempfile.mkdtemp(prefix="scale-", dir="/tmp")
@@ -87,7 +82,7 @@ class Cluster:
             *("ray", "start", "--head", "--block", f"--port={self.address.partition(':')[2]}"),
             *("--num-cpus=0", "--include-dashboard=false"),
             *(f"--temp-dir={self._temporary}", f"--autoscaling-config={config}"),
-            *("--dashboard-agent-listen-port=0", f"--ray-client-server-port={_free_port()}"),
+            *("--dashboard-agent-listen-port=0", f"--ray-client-server-port={free_ports(1)[0]}"),
             *("--object-store-memory=80000000", "--disable-usage-stats"),
         ]
         command[0] = str(Path(sys.executable).with_name("ray"))
