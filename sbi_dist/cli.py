@@ -100,19 +100,28 @@ def cli() -> None:
 @click.option("--overlap", is_flag=True, help="Train on what has landed while simulation goes on.")
 @_common
 def run(overlap: bool, **arguments: Any) -> None:
-    """All stages: simulate, train, infer, report."""
-    pipeline = _pipeline(**arguments)
-    results = pipeline.run(overlap)
-    if results is None:
-        click.echo(
-            f"model: {pipeline.promoted()[1].uri}\nThe problem has no observed data; draw from its "
-            "posteriors with `sbi-dist infer ... --observations FILE`."
-        )
-        return
-    draws, page, table = results
-    click.echo(f"\n{table}\n")
-    click.echo(f"report:          {page.uri}/index.html")
-    click.echo(f"posterior draws: {draws.uri}")
+    """All stages: simulate, train, calibrate, infer, report.
+
+    Ends with exit code 3 where the model fails its calibration.
+    """
+    ran = _pipeline(**arguments).run(overlap)
+    failed = None if ran.judged is None else ran.judged.error
+    if ran.page is not None:
+        click.echo(f"\n{ran.table}")
+    if ran.judged is not None:
+        click.echo(f"\n{ran.judged.text}")
+    if ran.draws is not None and ran.page is not None:
+        click.echo(f"\nreport:          {ran.page.uri}/index.html")
+        click.echo(f"posterior draws: {ran.draws.uri}")
+    else:
+        click.echo(f"\nmodel: {ran.model.uri}")
+        if failed is None:
+            click.echo(
+                "The problem has no observed data; draw from its posteriors with "
+                "`sbi-dist infer ... --observations FILE`."
+            )
+    if failed is not None:
+        raise failed
 
 
 @cli.command()
@@ -169,10 +178,10 @@ def calibrate(force: bool, **arguments: Any) -> None:
 
     Prints what each test found. Ends with exit code 3 where the model fails.
     """
-    table, failed = _pipeline(**arguments).calibrate(force)
-    click.echo(table)
-    if failed is not None:
-        raise failed
+    judged = _pipeline(**arguments).calibrate(force)
+    click.echo(judged.text)
+    if judged.error is not None:
+        raise judged.error
 
 
 @cli.command()
@@ -217,14 +226,27 @@ def benchmark(**arguments: Any) -> None:
 
 
 @cli.command()
+@click.option(
+    "--arviz", metavar="FILE", help="Write the draws to a netCDF file for ArviZ too (.nc)."
+)
 @_infer_options
 @_common
 def infer(
-    observations: str | None, num_samples: int | None, output: str | None, **arguments: Any
+    observations: str | None,
+    num_samples: int | None,
+    output: str | None,
+    arviz: str | None,
+    **arguments: Any,
 ) -> None:
     """Draw from the posterior of the observed data, or of a file of observations."""
+    if arviz is not None:
+        from sbi_dist.posterior.arviz import check_writable
+
+        check_writable()
     pipeline = _pipeline(**arguments, observations=observations, num_samples=num_samples)
-    target, _ = pipeline.infer(output)
+    target, manifest = pipeline.infer(output)
+    if arviz is not None:
+        pipeline.write_arviz(target, manifest, arviz)
     click.echo(target.uri)
 
 

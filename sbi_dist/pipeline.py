@@ -16,22 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from sbi_dist.calibration.stage import calibrate, held_out_simulations
-from sbi_dist.calibration.text import as_text
 from sbi_dist.catalog.infer import FORMAT, MANIFEST, PREDICTIVE
 from sbi_dist.catalog.infer import infer as infer_catalog
 from sbi_dist.catalog.options import InferOptions
 from sbi_dist.catalog.source import ArraySource, Source, open_catalog
 from sbi_dist.catalog.table import read_draws
-from sbi_dist.errors import CalibrationError, InputError, StageError
+from sbi_dist.errors import InputError, StageError
 from sbi_dist.estimation.bundle import BUNDLE, load_bundle
 from sbi_dist.estimation.snapshot import METRICS
 from sbi_dist.estimation.trainer import train
 from sbi_dist.experiment import Experiment, digest
+from sbi_dist.gate import Gate, Judged
 from sbi_dist.overlap import end_overlap, overlap_training, warm_start
 from sbi_dist.posterior.posterior import Posterior
-from sbi_dist.priors import prior_to_data, support_bounds
+from sbi_dist.priors import prior_to_data, sample_prior, support_bounds
 from sbi_dist.problem import load_problem
 from sbi_dist.progress import say
 from sbi_dist.promotion import Promotion, calibration_key
@@ -49,7 +49,27 @@ from sbi_dist.simulation.verify import verify
 from sbi_dist.store import ObjectStore, open_store
 from sbi_dist.tuning.stage import Found, Simulated, searches, tune_settings
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "Ran"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What all stages came to.
+
+    Attributes:
+        model: folder of the model.
+        judged: its calibration; None where it was not calibrated.
+        draws: folder of the draws; None where there are no observations, or the model failed its
+            calibration while another one is in use.
+        page: folder of the report, where there are draws.
+        table: the posterior as text, where there are draws.
+    """
+
+    model: ObjectStore
+    judged: Judged | None
+    draws: ObjectStore | None = None
+    page: ObjectStore | None = None
+    table: str = ""
 
 
 class Pipeline:
@@ -174,11 +194,11 @@ class Pipeline:
                 why = "the new one failed its calibration"
             say(f"train: model {self.promotion.model} stays in use: {why}")
 
-    def calibrate(self, force: bool = False) -> tuple[str, CalibrationError | None]:
+    def calibrate(self, force: bool = False) -> Judged:
         """Check the trained model against held-out simulations, and put it in use if it passes.
 
-        What each test found as text; and, unless ``force`` puts the model in use all the same, the
-        error that it failed.
+        With ``force`` it is put in use whatever comes of it. Ray is started only where there is
+        something to simulate or to draw.
 
         Raises:
             InputError: there is no trained model.
@@ -186,44 +206,16 @@ class Pipeline:
         this = self.rounds.current()
         records = self._simulated(this, "calibrate")
         model_id = self.rounds.model_id(this, records)
-        model = self.rounds.model(model_id)
         rounds = self.experiment.simulate.rounds
-        if not model.exists(BUNDLE):
+        if not self.rounds.model(model_id).exists(BUNDLE):
             which = f" of round {this.number} of {rounds}" if rounds > 1 else ""
             raise InputError(
                 f"calibrate: the model{which} is not trained; run `sbi-dist train` first"
             )
-        options = self.experiment.calibrate
-        with connected(self.address):
-            held_out = held_out_simulations(
-                this.problem,
-                options,
-                self.experiment.simulate,
-                self.store.child("calibration/simulations"),
-                {"experiment": self.experiment.name},
-            )
-            found = calibrate(
-                model,
-                held_out,
-                (this.store, records),
-                options,
-                self.store.child(f"calibration/{model_id}"),
-                self.experiment.name,
-            )
-        say(f"calibrate: model {model_id} has the verdict {found['verdict']}")
-        if found["verdict"] != "fail" or force:
-            if self.promotion.model != model_id:
-                self.promotion.put(model_id)
-            return as_text(found), None
-        in_use = self.promotion.failed(model_id)
-        then = f"in use is {in_use or 'no model'}"
-        if in_use == model_id:
-            then = "no other model passed, so it stays in use"
-        return as_text(found), CalibrationError(
-            f"calibrate: model {model_id} failed its calibration "
-            f"({self.promotion.failing(model_id)}); {then}; simulate more, train longer, or give "
-            "--force"
-        )
+        return self._gate().judge(this, records, model_id, force)
+
+    def _gate(self) -> Gate:
+        return Gate(self.experiment, self.store, self.promotion, self.address)
 
     def promote(self, model_id: str, force: bool = False) -> str:
         """Make a trained model the one in use, or go back to the ``former`` one; its name.
@@ -360,6 +352,30 @@ class Pipeline:
         )
         return target, manifest
 
+    def write_arviz(self, target: ObjectStore, manifest: dict[str, Any], path: str) -> None:
+        """Write what :meth:`infer` left as a netCDF file for ArviZ.
+
+        Raises:
+            InputError: see ``stored_as_arviz``, or the file can't be written.
+        """
+        from sbi_dist.catalog.arviz import stored_as_arviz
+        from sbi_dist.posterior.arviz import write
+
+        options = self._kept()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed % 2**32)
+            prior = sample_prior(self.problem.prior, 1000)
+        tree = stored_as_arviz(
+            target,
+            manifest["observations"],
+            Posterior.from_store(self.promoted()[1]),
+            options.num_samples,
+            prior,
+            self.problem.observed if options.observations is None else None,
+        )
+        write(tree, path)
+        say(f"infer: ArviZ reads these draws from {path}")
+
     def _kept(self) -> InferOptions:
         """The options, with which the draws for the problem's own data are kept."""
         options = self.experiment.infer
@@ -442,15 +458,12 @@ class Pipeline:
         )
         return write_report(finished)
 
-    def run(self, overlap: bool = False) -> tuple[ObjectStore, ObjectStore, str] | None:
-        """All stages; folders of the draws and of the report, and the posterior's table.
+    def run(self, overlap: bool = False) -> Ran:
+        """All stages.
 
-        With ``overlap``, training begins on what has landed while simulation goes on. Where a model
-        that is calibrated is in use, the new one is calibrated too. None where there are no
-        observations to infer from: the model is trained all the same.
-
-        Raises:
-            CalibrationError: the new model failed; nothing is drawn.
+        With ``overlap``, training begins on what has landed while simulation goes on. The new
+        model is calibrated, unless ``calibrate.enabled`` is off and no calibrated model is in use.
+        One that fails, while another one is in use, is not drawn from.
         """
         if self.rounds.records(self.rounds.current()) is None:
             find_form(self.problem, self.experiment.simulate)
@@ -462,15 +475,18 @@ class Pipeline:
                 model_id = self.train()
                 if done.number == self.experiment.simulate.rounds:
                     break
-            if self.promotion.model != model_id:  # another one is in use, which is calibrated
-                _, failed = self.calibrate()
-                if failed is not None:
-                    raise failed
+            judged = None
+            if self.experiment.calibrate.enabled or self.promotion.model != model_id:
+                records = self._simulated(done, "calibrate")
+                judged = self._gate().judge(done, records, model_id, automatic=True)
+            ran = Ran(self.rounds.model(model_id), judged)
+            if self.promotion.model != model_id:
+                return ran
             if self.problem.observed is None and self.experiment.infer.observations is None:
-                return None
+                return ran
             draws, _ = self.infer()
             page, table = self.report()
-        return draws, page, table
+        return dataclasses.replace(ran, draws=draws, page=page, table=table)
 
     def status(self) -> dict[str, Any]:
         """What there is in the store for this experiment."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from urllib.parse import urlparse
 
 from sbi_dist.errors import InputError, StageError
+from sbi_dist.growth import PATIENCE_S, fitting, grow
 
 __all__ = ["capacity", "connect", "connected", "is_own", "require"]
 
@@ -125,27 +125,31 @@ def capacity(resources: dict[str, float]) -> int:
     """How many processes with these resources the cluster's nodes can hold, were they empty."""
     import ray
 
-    return sum(_fitting(node["Resources"], resources) for node in ray.nodes() if node.get("Alive"))
+    return sum(fitting(node["Resources"], resources) for node in ray.nodes() if node.get("Alive"))
 
 
-def _fitting(node: dict[str, float], resources: dict[str, float]) -> int:
-    # One without any resources fits where there is a CPU.
-    wanted = {name: amount for name, amount in resources.items() if amount} or {"CPU": 1.0}
-    return min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items())
+def require(
+    resources: dict[str, float], count: int, field: str, patience_s: float = PATIENCE_S
+) -> None:
+    """See to it that the cluster can hold ``count`` processes with these resources, were it empty.
 
-
-def require(resources: dict[str, float], count: int, field: str) -> None:
-    """Check that the cluster can ever hold ``count`` processes with these resources.
-
-    Ray would wait for ever for what is not there.
+    Nodes that the cluster's autoscaler may add are waited for, for ``patience_s`` at most. Ray
+    would wait for ever for what is not there.
 
     Raises:
-        InputError: names the field, what it asks for and what there is.
+        InputError: names the field, what it asks for, what there is and what might be added.
+        StageError: the autoscaler's nodes did not start in time.
     """
     import ray
 
     if capacity(resources) >= count:
         return
+    more = ""
+    if not _own:
+        more = grow(resources, count, field, lambda: capacity(resources), patience_s)
+        if not more:
+            return
+        more = f", and {more}"
     there = ray.cluster_resources()
     for name, each in resources.items():
         have = there.get(name, 0.0)
@@ -154,11 +158,12 @@ def require(resources: dict[str, float], count: int, field: str) -> None:
             scale = 1e9 if name == "memory" else 1
             raise InputError(
                 f"{field} asks for {count} x {each / scale:g} = {each * count / scale:g} {unit}, "
-                f"and the Ray cluster has {have / scale:g}; ask for less, or give --address of a "
-                "larger cluster"
+                f"and the Ray cluster has {have / scale:g}{more}; ask for less, or give --address "
+                "of a larger cluster"
             )
     wanted = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
     raise InputError(
         f"{field} asks for {count} x ({wanted}), and the nodes of the Ray cluster have room for "
-        f"{capacity(resources)} of these; ask for less, or give --address of a larger cluster"
+        f"{capacity(resources)} of these{more}; ask for less, or give --address of a larger "
+        "cluster"
     )

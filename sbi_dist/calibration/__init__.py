@@ -41,9 +41,13 @@ the number of parameters, effect, and the effect's bound::
     tails.tails(ranks, names)
     data_averaged.data_averaged(ranks, names)   Talts et al. 2018
 
+and one, of one observation and draws of its posterior, a ``finding.Part``::
+
+    local.local_c2st(ranks, draws, reference)   Linhart et al. 2023, arXiv:2306.03580
+
 **Verdict**::
 
-    verdict.judge(ranks, names) -> dict, JSON-ready:
+    verdict.judge(ranks, names, local=None) -> dict, JSON-ready:
         {"verdict": "pass" | "warn" | "fail", "summary": str,
          "held_out": int, "failed": int, "draws": int, "alpha_warn": float, "alpha_fail": float,
          "tests": [{"name", "verdict", "statistic", "p_value", "effect", "threshold", "kind",

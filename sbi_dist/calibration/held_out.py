@@ -35,7 +35,7 @@ class HeldOut:
     remote = on_disk = True
 
     def __init__(self, name: str, store: ObjectStore, records: Sequence[ShardRecord]) -> None:
-        self.name, self._store, self._records = name, store, list(records)
+        self.name, self._store, self.records = name, store, list(records)
         self._ends = np.cumsum([record.rows for record in records])
 
     def __len__(self) -> int:
@@ -45,12 +45,12 @@ class HeldOut:
         """Rows ``start`` to ``stop - 1``."""
         dataset, parts = Dataset(self._store), []
         first = int(np.searchsorted(self._ends, start, side="right"))
-        for number in range(first, len(self._records)):
+        for number in range(first, len(self.records)):
             end = int(self._ends[number])
-            begin = end - self._records[number].rows
+            begin = end - self.records[number].rows
             if begin >= stop:
                 break
-            shard = dataset.read(self._records[number])
+            shard = dataset.read(self.records[number])
             parts.append(_rows(shard, max(start - begin, 0), min(stop, end) - begin))
         return concatenate(parts)
 

@@ -8,14 +8,19 @@ from sbi_dist.options import Options, option, resources
 
 __all__ = ["CalibrateOptions"]
 
+_DEFAULT, _LEAST = 2000, 100
+
 
 @dataclasses.dataclass(frozen=True)
 class CalibrateOptions(Options):
     """How many held-out simulations, and how many posterior draws of each."""
 
-    num_simulations: int = option(
-        2000,
-        "held-out simulations; they are made for this alone, from random streams of their own",
+    enabled: bool = option(True, "whether `run` calibrates the model that it trained")
+    num_simulations: int | None = option(
+        None,
+        "held-out simulations; they are made for this alone, from random streams of their own; "
+        "default: 2,000, and where `run` makes them a quarter of those to train on if these are "
+        "fewer, but at least 100",
         ge=100,
         le=10**7,
     )
@@ -29,6 +34,12 @@ class CalibrateOptions(Options):
     )
     cpus_per_actor: float = option(1, "CPUs of an actor, and its threads", ge=0, outcome=False)
     gpus_per_actor: float = option(0, "GPUs of an actor", ge=0, outcome=False)
+
+    def count(self, trained_on: int | None = None) -> int:
+        """Held-out simulations; with ``trained_on`` as many as are in proportion to these."""
+        if self.num_simulations is not None:
+            return self.num_simulations
+        return _DEFAULT if trained_on is None else max(_LEAST, min(_DEFAULT, trained_on // 4))
 
     def resources(self) -> dict[str, float]:
         """What one actor takes, by Ray's names."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-__all__ = ["as_text"]
+__all__ = ["as_text", "failures_as_text"]
 
 _WIDTH = 96
 
@@ -26,9 +26,24 @@ def as_text(found: dict[str, Any]) -> str:
         ).rstrip()
         for row in rows
     ]
+    lines += failures_as_text(found.get("simulations"))
     for test in found["tests"]:
         if test["verdict"] != "pass":
             lines += ["", *textwrap.wrap(f"{test['name']}: {test['sentence']}", _WIDTH)]
     return "\n".join(
         [*lines, "", *textwrap.wrap(f"{found['verdict']}: {found['summary']}", _WIDTH)]
     )
+
+
+def failures_as_text(simulations: dict[str, Any] | None) -> list[str]:
+    """How many held-out simulations failed, and why; nothing where none did."""
+    failures = (simulations or {}).get("failures")
+    if simulations is None or not failures:
+        return []
+    failed = simulations["made"] - simulations["statuses"].get("ok", 0)
+    often = "; ".join(f"{e['count']:,} x {e['status']} ({e['message']})" for e in failures)
+    text = (
+        f"Of {simulations['made']:,} held-out simulations {failed:,} failed and are in no test, "
+        f"most often: {often}."
+    )
+    return ["", *textwrap.wrap(text, _WIDTH)]

@@ -41,8 +41,8 @@ _FAILED, _SOME_FAILED = 0.05, 0.001
 _UNSEEN = 0.1
 
 
-def findings(ranks: Ranks, names: Sequence[str]) -> list[Finding]:
-    """All tests that the table has the numbers for."""
+def findings(ranks: Ranks, names: Sequence[str], local: Part | None = None) -> list[Finding]:
+    """All tests that the table has the numbers for, and that of one observation if it was made."""
     found = [
         sbc(ranks, names),
         coverage(ranks),
@@ -51,19 +51,21 @@ def findings(ranks: Ranks, names: Sequence[str]) -> list[Finding]:
         shrinkage(ranks, names),
         tails(ranks, names),
         data_averaged(ranks, names),
+        None if local is None else Finding("local", [local]),
     ]
     return [each for each in found if each is not None]
 
 
-def judge(ranks: Ranks, names: Sequence[str]) -> dict[str, Any]:
+def judge(ranks: Ranks, names: Sequence[str], local: Part | None = None) -> dict[str, Any]:
     """The verdict on a table of held-out simulations, as JSON-ready data.
 
     Args:
         ranks: at best 2,000 rows or more; errors of coverage below 0.05 go unseen in fewer.
         names: of the parameters.
+        local: what ``local.local_c2st`` found at the observed data.
     """
     rows = int(ranks.ok.sum())
-    found = findings(ranks, names) if rows else []
+    found = findings(ranks, names, local) if rows else []
     count = max(1, sum(any(p.p_value is not None for p in each.parts) for each in found))
     alphas = {"warn": WARN_RATE / count, "fail": FAIL_RATE / count}
     tests = [_held_out(ranks, alphas["fail"])]

@@ -18,6 +18,7 @@ SUBJECTS = {
     "shrinkage": "width compared with a regression on the data",
     "tails": "truths beyond 5 sd",
     "data_averaged": "the average posterior compared with the prior",
+    "local": "the posterior of the observed data (l-C2ST)",
 }
 
 _NARROW = (
@@ -66,11 +67,29 @@ _MEANING = {
         "probability",
         _WIDE,
     ),
+    "local": (
+        "for data like these, a classifier tells true values from draws, with probabilities "
+        "{effect:.2g} away from a guess",
+        "train on more simulations, or with simulate.rounds=2 on more that are like these data",
+    ),
 }
+# Below, data are so unlike the simulations that no test on simulations says much about them.
+_UNLIKE = 0.01
 
 
 def sentence(test: str, verdict: str, parts: Sequence[Part], worst: Part, rows: int) -> str:
     """What a test says: of its parts with the test's verdict, of which one is the worst."""
+    text = _sentence(test, verdict, parts, worst, rows)
+    unlike = worst.more.get("out_of_distribution_p")
+    if unlike is not None and unlike < _UNLIKE:
+        text += (
+            f" The data are unlike the simulations (p = {unlike:.2g}), so that this says little "
+            "about them: check the data, the prior and the simulator."
+        )
+    return text
+
+
+def _sentence(test: str, verdict: str, parts: Sequence[Part], worst: Part, rows: int) -> str:
     subject = SUBJECTS[test]
     whose = joined([part.name for part in parts if part.name])
     if verdict == "pass":

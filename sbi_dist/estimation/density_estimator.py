@@ -82,4 +82,4 @@ class DensityEstimator(nn.Module):
         standardization = self.standardization
         z = u.double() * standardization.theta_sd + standardization.theta_mean
         log_det = standardization.bijection.log_det(z) + standardization.theta_sd.log().sum()
-        return self.flow.flow._log_prob(u, context) - log_det
+        return self.flow.flow.log_prob(u, context) - log_det

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-from nflows import distributions, flows, transforms
+from nflows import transforms
 from nflows.nn.nets import ResidualNet
 from torch import Tensor, nn
 
@@ -65,6 +65,23 @@ class ConditionalAffine(transforms.Transform):
         return inputs * torch.exp(-log_scale) + shift, -log_scale.sum(-1)
 
 
+class _ToNoise(nn.Module):
+    """Layers that make standard normal noise of u; nflows' ``Flow``, with its names of the weights.
+
+    Not that itself: importing it imports matplotlib, half a second of every process that draws.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self._transform = transforms.CompositeTransform(layers)
+
+    def log_prob(self, u: Tensor, context: Tensor) -> Tensor:
+        """log q(u | x), shape (N,), for u (N, D) and embedded x (N, C)."""
+        noise, log_det = self._transform(u, context=context)
+        log_z = 0.5 * u.shape[1] * math.log(2 * math.pi)
+        return -0.5 * (noise**2).sum(1) - log_z + log_det
+
+
 class ConditionalFlow(nn.Module):
     """q(u | x) on R^D.
 
@@ -89,9 +106,7 @@ class ConditionalFlow(nn.Module):
                 layers.append(_spline_coupling(options, features, context, number))
                 if features > 1:
                     layers.append(FastLULinear(features, identity_init=True))
-        self.flow = flows.Flow(
-            transforms.CompositeTransform(layers), distributions.StandardNormal([features])
-        )
+        self.flow = _ToNoise(layers)
         self._fast: FastLogProb | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,7 +125,7 @@ class ConditionalFlow(nn.Module):
     def log_prob(self, u: Tensor, context: Tensor) -> Tensor:
         """log q(u | x), shape (N,), for u (N, D) and embedded x (N, C).
 
-        The same as ``flow.log_prob``, nflows' own, to rounding; differentiable once.
+        The same as ``flow.log_prob``, of nflows' layers, to rounding; differentiable once.
         """
         if self._fast is None:
             self._fast = fast_log_prob(self)

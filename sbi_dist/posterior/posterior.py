@@ -30,6 +30,7 @@ from sbi_dist.estimation.ensemble import Ensemble, Estimator
 from sbi_dist.estimation.out_of_distribution import OutOfDistribution
 from sbi_dist.posterior.observation import as_observations
 from sbi_dist.posterior.sampler import Sampler
+from sbi_dist.priors import sample_prior
 from sbi_dist.store import ObjectStore, open_store
 
 __all__ = ["Posterior"]
@@ -279,6 +280,68 @@ class Posterior:
         with torch.no_grad():
             best = int(estimator.log_prob_unconstrained(u, context).argmax())
             return estimator.constrained(u.detach()[best : best + 1])
+
+    # ---- for others ----
+
+    def to_arviz(
+        self,
+        x: Any = None,
+        num_draws: int = 1000,
+        seed: int | None = None,
+        chains: int = 1,
+        observations: Sequence[str] | None = None,
+    ) -> Any:
+        """Draws as an ``xarray.DataTree`` in ArviZ's schema; needs the extra ``arviz``.
+
+        Groups: ``posterior`` with a variable (chain, draw) for each parameter, ``sample_stats``
+        with the log density ``lp``, ``observed_data`` with ``x``, and ``prior`` where it is known.
+
+        Args:
+            x: one observation, shape x_shape or (1, *x_shape), default ``default_x``; or several,
+                (B, *x_shape), each a coordinate of the further dimension ``observation``.
+            num_draws: of each observation, in all chains together.
+            seed: as for :meth:`sample`.
+            chains: the draws are independent, so that they make as many chains as one likes.
+            observations: B names; default: one observation has none, several have numbers.
+
+        Raises:
+            InputError: ArviZ is not installed; x does not fit; ``chains`` does not divide
+                ``num_draws``.
+        """
+        from sbi_dist.posterior import arviz
+
+        arviz.require()
+        given = self._observation(x, "to_arviz") if x is None else as_observations(x, self.x_shape)
+        if observations is None and len(given) > 1:
+            observations = [str(number) for number in range(len(given))]
+        if observations is not None and len(observations) != len(given):
+            raise InputError(
+                f"observations has {len(observations)} names; there are {len(given)} observations"
+            )
+        if seed is None:
+            seed = int(torch.randint(2**62, (1,)))
+        draws, log_prob = self.draws(given, num_draws, seed, with_log_prob=True)
+        assert log_prob is not None
+        prior = None
+        if self.prior is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed % 2**32)
+                prior = sample_prior(self.prior, num_draws)
+        return arviz.datatree(
+            draws.numpy(),
+            self.parameter_names,
+            units=self.about.get("parameter_units") or (),
+            observed=given.numpy(),
+            observations=observations,
+            prior=prior,
+            statistics={"lp": log_prob.numpy()},
+            chains=chains,
+            attributes={
+                "experiment": self.about.get("experiment"),
+                "model": self.about.get("model") or self.identity,
+                "seed": seed,
+            },
+        )
 
     # ---- what it is not about ----
 

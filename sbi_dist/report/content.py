@@ -113,6 +113,7 @@ class CalibrationFacts:
         curves: distribution functions of ranks and their band, as
             ``sbi_dist.calibration.verdict.curves`` gives them.
         created: when, as it is to be shown.
+        failures: of the held-out simulations, most frequent first.
     """
 
     verdict: str
@@ -122,6 +123,7 @@ class CalibrationFacts:
     tests: Sequence[Mapping[str, Any]]
     curves: Mapping[str, Any]
     created: str
+    failures: Sequence[FailureFacts] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -166,12 +166,13 @@ def _dataset(
         simulations=total,
         status_counts=counts,
         durations=np.concatenate(durations) if durations else np.zeros(0),
-        failures=[
-            FailureFacts(entry["message"], entry["count"], entry["theta"])
-            for entry in frequent_failures(records)
-        ],
+        failures=_failures(frequent_failures(records)),
     )
     return facts, notes
+
+
+def _failures(entries: list[dict[str, Any]]) -> list[FailureFacts]:
+    return [FailureFacts(entry["message"], entry["count"], entry["theta"]) for entry in entries]
 
 
 def _calibration(store: ObjectStore, model_id: str) -> CalibrationFacts | None:
@@ -186,6 +187,7 @@ def _calibration(store: ObjectStore, model_id: str) -> CalibrationFacts | None:
             tests=found["tests"],
             curves=found["curves"],
             created=f"{datetime.datetime.fromisoformat(found['created']):%Y-%m-%d %H:%M UTC}",
+            failures=_failures(found.get("simulations", {}).get("failures", [])),
         )
     except (KeyError, TypeError, ValueError):  # none, or one of another version
         return None

@@ -189,6 +189,18 @@ def calibration_rows(calibration: CalibrationFacts) -> list[dict[str, str]]:
     ]
 
 
+def calibration_sentences(calibration: CalibrationFacts, names: Sequence[str]) -> list[str]:
+    """What is said besides the tests: of the observed data, and of simulations that failed."""
+    local = [test["sentence"] for test in calibration.tests if test["name"] == "local"]
+    often = [
+        f"{message} ({count:,} times, for one with {example(theta, names)})"
+        for message, count, theta in calibration.failures
+    ]
+    if not often:
+        return local
+    return [*local, f"Held-out simulations that failed are in no test; most often {joined(often)}."]
+
+
 def simulations_caption(dataset: DatasetFacts) -> str:
     """What the picture of the simulations shows."""
     known = np.size(dataset.durations)

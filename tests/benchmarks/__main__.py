@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from tests.benchmarks import (
+    calibration,
     catalog,
     sampling,
     serving,
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "sampling": sampling.run,
     "streaming": streaming.run,
     "catalog": catalog.run,
+    "calibration": calibration.run,
     "serving": serving.run,
 }
 

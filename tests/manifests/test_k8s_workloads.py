@@ -84,17 +84,21 @@ def test_stages_are_commands(stage: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_stages_find_room_when_they_begin(size: str, tmp_path: Path) -> None:
-    """Of the least pods there are, as every stage but an autoscaled `simulate` asks first."""
+    """Of the least pods there are, so that they begin without waiting for the autoscaler."""
     options = experiment(f"overlays/{size}/jobs", tmp_path)
     for job in of_kind(f"overlays/{size}/jobs", "RayJob"):
         stage, spec = job["metadata"]["labels"]["sbi-dist.io/stage"], job["spec"]["rayClusterSpec"]
         by_name = groups(spec)
         wanted: list[tuple[str, float]] = []
+        added: list[tuple[str, float]] = []  # of a run, when it comes to them
         if stage in ("run", "train"):
-            wanted += [("cpu", options.train.cpus_per_worker or 1)]
+            training = [("cpu", options.train.cpus_per_worker or 1)]
+            training += [("nvidia.com/gpu", options.train.gpus_per_worker or 0)]
+            (added if stage == "run" else wanted).extend(training)
         if stage in ("run", "infer"):
-            wanted += [("cpu", options.infer.cpus_per_actor)]
-            wanted += [("nvidia.com/gpu", options.infer.gpus_per_actor)]
+            drawing = [("cpu", options.infer.cpus_per_actor)]
+            drawing += [("nvidia.com/gpu", options.infer.gpus_per_actor)]
+            (added if stage == "run" else wanted).extend(drawing)
         if stage == "calibrate":
             wanted += [("cpu", options.calibrate.cpus_per_actor)]
         if stage in ("run", "simulate"):
@@ -104,11 +108,14 @@ def test_stages_find_room_when_they_begin(size: str, tmp_path: Path) -> None:
             assert any(
                 each["minReplicas"] >= 1 and room(each, name) >= amount for each in by_name.values()
             ) or not amount, (stage, name)  # fmt: skip
+        for name, amount in added:
+            assert any(
+                each["maxReplicas"] >= 1 and room(each, name) >= amount for each in by_name.values()
+            ) or not amount, (stage, name)  # fmt: skip
         if stage in ("run", "train"):
-            # Training looks for GPUs when it begins.
-            assert by_name["trainer"]["minReplicas"] == 1
+            assert by_name["trainer"]["minReplicas"] == (stage == "train")
             gpus = room(by_name["trainer"], "nvidia.com/gpu")
-            assert gpus == (1 if size == "gpu" else 0)
+            assert gpus == (1 if size == "gpu" else 0) == (options.train.gpus_per_worker or 0)
         # The control plane has no CPUs to schedule on.
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
@@ -253,6 +260,9 @@ def test_dashboards_are_those_of_grafana() -> None:
 def test_the_monitor_finds_the_ports() -> None:
     (monitor,) = of_kind("overlays/cpu/cluster", "PodMonitor")
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    # Prometheus' operator names the job after namespace and monitor otherwise.
+    assert {"targetLabel": "job", "replacement": "ray"} in endpoint["relabelings"]
+    assert "jobLabel" not in monitor["spec"]
     for resource in resources("overlays/cpu/service"):
         for spec in clusters(resource):
             for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -116,9 +117,40 @@ def cluster(ray_session: None) -> Iterator[Nodes]:
         nodes.shutdown()
 
 
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
 @pytest.fixture
-def sbi_dist(ray_address: str, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run ``sbi-dist`` in an empty folder on the session's Ray; its exit code and what it says."""
+def sbi_dist(
+    ray_session: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Iterator[Run]:
+    """Run a command in an empty folder on the session's Ray; its exit code and what it says.
+
+    In this process, as a process of its own takes five seconds of a core before it begins.
+    """
+    from sbi_dist.cli import run_command
+
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        code = run_command(list(arguments))
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(["sbi-dist", *arguments], code, said.out, said.err)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def program(ray_address: str, tmp_path: Path) -> Run:
+    """As ``sbi_dist``, in a process of its own: what a user starts."""
 
     def run(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -250,12 +282,13 @@ def ours(process: Path) -> bool:
     return False
 
 
-def wait_until(met: Callable[[], object], what: str, patience_s: float = 90) -> None:
-    """Wait for something that is bound to come."""
+def wait_until(met: Callable[[], Any], what: str, patience_s: float = 90) -> Any:
+    """Wait for something that is bound to come; what it is then."""
     deadline = time.monotonic() + patience_s
-    while not met():
+    while not (found := met()):
         assert time.monotonic() < deadline, f"{what}: not within {patience_s:g} s"
         time.sleep(0.02)
+    return found
 
 
 def dataset_folder(place: Path) -> Path | None:
@@ -307,6 +340,8 @@ def write_experiment(folder: Path, source: str = SLOW, **simulate: object) -> Pa
         "problem": "problem.py:problem",
         "simulate": {"num_simulations": 400, "shard_size": 20, **simulate},
         "train": {"transforms": 2, "hidden_features": 16, "max_epochs": 3, "workers": 0},
+        # Trained for a moment, it would fail.
+        "calibrate": {"enabled": False},
         "infer": {"num_samples": 500, "predictive_simulations": 20},
     }
     path = folder / "experiment.yaml"

@@ -101,6 +101,45 @@ problem = Problem(BoxUniform([-1.0], [1.0]), simulator, observed=[0.25])
 LONG, SHORT = ("--set", "train.max_epochs=200"), ("--set", "train.max_epochs=1")
 
 
+def test_run_calibrates_by_itself(
+    tmp_path: Path, sbi_dist: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """A first model that fails is drawn from all the same; the exit code tells."""
+    write_experiment(tmp_path, SQUARED, num_simulations=4000, shard_size=1000)
+    given = ("experiment.yaml", "--set", "calibrate.enabled=true", *SHORT)
+    store = tmp_path / "runs/experiment"
+    for attempt in ("first", "again"):
+        done = sbi_dist("run", *given)
+        assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.count("failed its calibration (") == 1
+        kept = (
+            "no other model passed, so it" if attempt == "first" else "it was in use all the same"
+        )
+        assert kept in done.stderr
+        assert "posterior draws: " in done.stdout and "\nfail: Not calibrated" in done.stdout
+        assert "<strong>Fail.</strong>" in (store / "report/index.html").read_text()
+        (path,) = store.glob("calibration/*/calibration.json")
+        found = json.loads(path.read_text())
+        # A quarter of those to train on, and the observed data by themselves.
+        assert found["held_out"] == 1000 and found["simulations"]["statuses"] == {"ok": 1000}
+        assert "local" in {test["name"] for test in found["tests"]}
+        if attempt == "first":
+            stored = {each: each.stat().st_mtime_ns for each in path.parent.rglob("*.*")}
+    assert {each: each.stat().st_mtime_ns for each in path.parent.rglob("*.*")} == stored
+
+    # Nothing is left to simulate or to draw: no Ray is needed, here one that is not there.
+    same = subprocess.run(
+        command("calibrate", *given, "--set", "calibrate.num_simulations=1000"),
+        cwd=tmp_path, env=environment("127.0.0.1:9"), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert same.returncode == 3 and "no Ray cluster" not in same.stderr, same.stderr
+    more = subprocess.run(
+        command("calibrate", *given),
+        cwd=tmp_path, env=environment("127.0.0.1:9"), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert more.returncode == 2 and "no Ray cluster" in more.stderr, more.stderr
+
+
 def test_only_a_model_that_passes_replaces_one_that_passed(
     tmp_path: Path, sbi_dist: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -145,5 +184,8 @@ def test_only_a_model_that_passes_replaces_one_that_passed(
     assert by_hand.returncode == 2 and "--force" in by_hand.stderr and promoted() == good
     assert run("calibrate", "--force", *SHORT).returncode == 0
     assert promoted() == bad
+    forced = run("run", *SHORT, "--set", "calibrate.enabled=true")
+    assert forced.returncode == 3 and promoted() == bad  # who forced it wants it
+    assert "it was in use all the same, and stays so" in forced.stderr
     assert run("calibrate", *SHORT).returncode == 3
     assert promoted() == good  # the one before it, which passed

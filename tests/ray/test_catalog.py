@@ -80,7 +80,7 @@ def test_kills_change_nothing(ray_address: str, tmp_path: Path) -> None:
 
     with inferring(tmp_path, ray_address) as job:
         wait_until(lambda: len(parts()) >= 4 or job.poll() is not None, "parts")
-        os.kill(actors()[0], signal.SIGKILL)
+        os.kill(wait_until(actors, "an actor")[0], signal.SIGKILL)
         at_kill = len(parts())
         wait_until(lambda: len(parts()) >= at_kill + 6 or job.poll() is not None, "parts")
         # Which Ray may take longer to notice than the others to go on.

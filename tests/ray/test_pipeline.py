@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,9 @@ import pytest
 import yaml
 
 from sbi_dist import Posterior
-from sbi_dist.cli import run_command
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.store import LocalStore
-from tests.ray.conftest import SLOW, command, environment, write_experiment
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-Here = Callable[..., tuple[int, str]]
+from tests.ray.conftest import SLOW, Run, command, environment, write_experiment
 
 FAST = SLOW.replace("time.sleep(0.004)", "pass")
 
@@ -32,27 +26,6 @@ def said(result: subprocess.CompletedProcess[str], code: int) -> str:
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr.strip().splitlines()[-1] if result.stderr.strip() else ""
-
-
-@pytest.fixture
-def here(
-    ray_session: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> Iterator[Here]:
-    """Run a command in this process, which is quicker; its exit code and standard error."""
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        capfd.readouterr()
-        code = run_command(list(arguments))
-        return code, capfd.readouterr().err
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +146,7 @@ def test_summaries_of_a_catalog(
 
 def test_run_without_observed_data_ends_with_a_model(sbi_dist: Run, tmp_path: Path) -> None:
     source = FAST.replace("observed=[0.1, 1.0]", "")
-    write_experiment(tmp_path, source, num_simulations=60)
+    write_experiment(tmp_path, source, num_simulations=60, actors=1)
     result = sbi_dist("run", "experiment.yaml")
     said(result, 0)
     assert "no observed data" in result.stdout and "--observations FILE" in result.stdout
@@ -252,16 +225,16 @@ BAD_PROBLEMS = {
 
 
 @pytest.mark.parametrize("name", BAD_PROBLEMS)
-def test_bad_problem_is_one_sentence(here: Here, tmp_path: Path, name: str) -> None:
+def test_bad_problem_is_one_sentence(sbi_dist: Run, tmp_path: Path, name: str) -> None:
     simulator, prior, more, sentence = BAD_PROBLEMS[name]
     source = (
         "import numpy as np\nfrom sbi_dist import BoxUniform, Problem\n\n"
         f"{simulator}\n\nproblem = Problem({prior}, simulator, {more})\n"
     )
     write_experiment(tmp_path, source)
-    code, text = here("simulate", "experiment.yaml")
-    assert code == 2 and sentence in text
-    assert len(text.strip().splitlines()) == 1
+    result = sbi_dist("simulate", "experiment.yaml")
+    assert sentence in said(result, 2)
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 BAD_ARGUMENTS = {
@@ -289,14 +262,15 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_bad_arguments_are_one_sentence(here: Here, name: str) -> None:
+def test_bad_arguments_are_one_sentence(sbi_dist: Run, name: str) -> None:
     arguments, sentence = BAD_ARGUMENTS[name]
-    code, text = here(*arguments)
-    assert code == 2 and sentence in text and "Traceback" not in text
+    result = sbi_dist(*arguments)
+    assert result.returncode == 2 and sentence in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-def test_no_such_cluster(sbi_dist: Run) -> None:
-    result = sbi_dist("simulate", "gaussian", "--address", "127.0.0.1:1")
+def test_no_such_cluster(program: Run) -> None:
+    result = program("simulate", "gaussian", "--address", "127.0.0.1:1")
     assert "no Ray cluster can be reached" in said(result, 2)
 
 
@@ -319,7 +293,7 @@ def test_bad_observations_are_one_sentence(
 
 
 def test_damaged_shard_is_told_at_train(sbi_dist: Run, tmp_path: Path) -> None:
-    write_experiment(tmp_path, FAST)
+    write_experiment(tmp_path, FAST, actors=1)
     said(sbi_dist("simulate", "experiment.yaml"), 0)
     shard = next(tmp_path.glob("runs/experiment/simulations/*/shard-000002.parquet"))
     data = bytearray(shard.read_bytes())

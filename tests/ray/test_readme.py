@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,8 @@ import pyarrow.parquet as pq
 
 from sbi_dist.experiment import shipped
 from sbi_dist.problems.reference import PROBLEMS
-from tests.ray.conftest import ROOT
+from tests.ray.conftest import ROOT, Run
 from tests.ray.test_pipeline import said
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 README = (ROOT / "README.md").read_text()
 
@@ -28,7 +24,7 @@ def _block(name: str) -> str:
     return found.group(1)
 
 
-def test_own_simulator(sbi_dist: Run, tmp_path: Path) -> None:
+def test_own_simulator(program: Run, tmp_path: Path) -> None:
     for name in ("decay.py", "decay.yaml"):
         (tmp_path / name).write_text(_block(name))
     commands = re.findall(r"^sbi-dist (.*decay\.yaml.*)$", README, re.MULTILINE)
@@ -42,7 +38,7 @@ def test_own_simulator(sbi_dist: Run, tmp_path: Path) -> None:
         comments="",
     )
     for command in commands:
-        said(sbi_dist(*shlex.split(command)), 0)
+        said(program(*shlex.split(command)), 0)
     table = pq.read_table(
         next(tmp_path.glob("runs/decay/posteriors/observed-*/part-000000.parquet"))
     )
@@ -56,12 +52,12 @@ def test_own_simulator(sbi_dist: Run, tmp_path: Path) -> None:
 
 def test_program(sbi_dist: Run, tmp_path: Path) -> None:
     (tmp_path / "decay_program.py").write_text(_block("decay_program.py"))
-    program = tmp_path / "decay"
-    program.write_text(
+    decay = tmp_path / "decay"
+    decay.write_text(
         "#!/usr/bin/awk -f\nBEGIN {srand(ARGV[3]); for (t = 0; t <= 5; t += 0.5) "
         "print ARGV[2] * exp(-ARGV[1] * t) + rand()}\n"
     )
-    program.chmod(0o755)
+    decay.chmod(0o755)
     (tmp_path / "program.yaml").write_text(
         "problem: decay_program.py:problem\nsimulate: {num_simulations: 40}\n"
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +14,8 @@ from sbi_dist import NPE, Posterior, simulate_for_sbi
 from sbi_dist.priors import sample_prior
 from sbi_dist.problems import gaussian, lynx_hare
 from sbi_dist.report import predictive_coverage
+from tests.ray.conftest import Run
 from tests.ray.test_pipeline import said
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def train_gaussian(num_simulations: int) -> Posterior:
@@ -125,9 +122,9 @@ def test_tutorial_of_sbi_with_only_its_imports_changed() -> None:
         assert axes.shape == (3, 3) and figure.get_size_inches().tolist() == [5, 5]
 
 
-def test_lynx_hare_against_the_published_posterior(sbi_dist: Run, tmp_path: Path) -> None:
+def test_lynx_hare_against_the_published_posterior(program: Run, tmp_path: Path) -> None:
     """The shipped experiment as it is, against HMC on the same model (posteriordb)."""
-    said(sbi_dist("run", "lynx_hare", timeout=900), 0)
+    said(program("run", "lynx_hare", timeout=900), 0)
     folder = next((tmp_path / "runs/lynx_hare/posteriors").glob("observed-*"))
     table = pq.read_table(folder / "part-000000.parquet")
     assert table["status"].to_pylist() == ["ok"]

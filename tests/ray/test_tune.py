@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 import torch
 import yaml
 
-from sbi_dist.cli import run_command
 from sbi_dist.estimation.data import ShardSource
 from sbi_dist.estimation.loop import fit_source
 from sbi_dist.experiment import load_experiment
@@ -24,7 +22,7 @@ from sbi_dist.pipeline import Pipeline
 from sbi_dist.priors import support_bounds
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.tuning.search import Search, plan_search
-from tests.ray.conftest import SLOW, command, environment, ours, wait_until, write_experiment
+from tests.ray.conftest import SLOW, Run, command, environment, ours, wait_until, write_experiment
 
 # Bent, so that the linear regression that training starts from is far from the best.
 BENT = SLOW.replace("time.sleep(0.004)", "theta = theta + [0, 2 * theta[0] ** 2]")
@@ -33,30 +31,6 @@ TRAIN = {
     "schedule": "cosine", "learning_rate": 1e-3, "checkpoint_every_s": 0.1,
 }  # fmt: skip
 TUNE = {"trials": 4, "space": {"learning_rate": [2e-3, 4e-3, 1.0]}, "grace_epochs": 6, "seed": 0}
-
-Here = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def here(
-    ray_session: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> Iterator[Here]:
-    """Run a command in this process; its exit code, standard output and standard error."""
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = run_command(list(arguments))
-        said = capfd.readouterr()
-        return code, said.out, said.err
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +94,7 @@ def times(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("trial-*.json")}
 
 
-def test_a_search_goes_on_after_kills(simulated: Path, here: Here, ray_address: str) -> None:
+def test_a_search_goes_on_after_kills(simulated: Path, sbi_dist: Run, ray_address: str) -> None:
     """SIGTERM and kill -9 of the driver, kill -9 of a trial: as if nothing had happened."""
     pipeline, search = planned()
     folder = simulated / "runs/experiment/tune" / search.id
@@ -155,8 +129,8 @@ def test_a_search_goes_on_after_kills(simulated: Path, here: Here, ray_address: 
     ended = times(folder)
     assert kept.items() <= ended.items() and len(ended) < 4
 
-    code, table, said = here("tune", "experiment.yaml")
-    assert code == 0, said
+    searched = sbi_dist("tune", "experiment.yaml")
+    assert searched.returncode == 0, searched.stderr
     assert {name: time for name, time in times(folder).items() if name in ended} == ended
     assert not checkpoints()
     records = {
@@ -177,21 +151,25 @@ def test_a_search_goes_on_after_kills(simulated: Path, here: Here, ray_address: 
 
     # Everything is there: nothing is trained again, and nothing but the table is said.
     after = times(folder)
-    code, again, said = here("tune", "experiment.yaml")
-    assert code == 0 and again == table and times(folder) == after
-    assert len(said.strip().splitlines()) == 1
+    again = sbi_dist("tune", "experiment.yaml")
+    assert again.returncode == 0 and again.stdout == searched.stdout and times(folder) == after
+    assert len(again.stderr.strip().splitlines()) == 1
     best = min(records.values(), key=lambda each: each["loss"] or 0.0)
-    assert table.splitlines()[2].split()[:3] == ["1", best["trial"], f"{best['loss']:.4f}"]
+    assert searched.stdout.splitlines()[2].split()[:3] == [
+        "1",
+        best["trial"],
+        f"{best['loss']:.4f}",
+    ]
     chosen = yaml.safe_load((folder / "best.yaml").read_text())["train"]
     assert chosen == {**TRAIN, **best["settings"]}
 
 
-def test_where_all_trials_fail_their_reason_is_told(simulated: Path, here: Here) -> None:
+def test_where_all_trials_fail_their_reason_is_told(simulated: Path, sbi_dist: Run) -> None:
     changes = ("--set", "train.embedding=convolutional_2d", "--set", "tune.trials=1")
-    code, _, said = here("tune", "experiment.yaml", *changes)
-    last = said.strip().splitlines()[-1]
+    failed = sbi_dist("tune", "experiment.yaml", *changes)
+    last = failed.stderr.strip().splitlines()[-1]
     assert (
-        code == 1
+        failed.returncode == 1
         and "all 1 trials failed" in last
         and "train.embedding=convolutional_2d takes" in last
     )
@@ -199,13 +177,14 @@ def test_where_all_trials_fail_their_reason_is_told(simulated: Path, here: Here)
     assert json.loads(record.read_text())["status"] == "failed"
 
 
-def test_what_is_refused_is_told_before_anything_starts(simulated: Path, here: Here) -> None:
+def test_what_is_refused_is_told_before_anything_starts(simulated: Path, sbi_dist: Run) -> None:
     for change, sentence in {
         "tune.space.hiden_features=[1]": "did you mean 'hidden_features'?",
         "tune.cpus_per_trial=1000": "tune.cpus_per_trial asks for 1 x 1000",
         "tune.gpus_per_trial=64": "tune.gpus_per_trial asks for",
         "simulate.num_simulations=1000": "tune: ",
     }.items():
-        code, _, said = here("tune", "experiment.yaml", "--set", change)
-        assert code == 2 and sentence in said and len(said.strip().splitlines()) == 1
+        refused = sbi_dist("tune", "experiment.yaml", "--set", change)
+        assert refused.returncode == 2 and sentence in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
     assert not list(simulated.glob("runs/experiment/tune/*/trial-*"))

@@ -19,7 +19,7 @@ from sbi_dist.store import LocalStore
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-OPTIONS = SimulateOptions(num_simulations=90, shard_size=20, batch_size=6)
+OPTIONS = SimulateOptions(num_simulations=90, shard_size=20, batch_size=6, actors=1)
 
 
 def row(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -68,7 +68,7 @@ def test_random_numbers_from_elsewhere_are_found(tmp_path: Path) -> None:
         return theta + next(count)
 
     store = LocalStore(tmp_path)
-    options = SimulateOptions(num_simulations=40, shard_size=10)
+    options = SimulateOptions(num_simulations=40, shard_size=10, actors=1)
     simulate(problem(simulator), options, store, show_progress=False)
     with pytest.raises(StageError, match="does the simulator take random numbers, time or files"):
         verify(problem(simulator), options, store, 10, show_progress=False)

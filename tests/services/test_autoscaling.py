@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,14 +27,32 @@ from ray.autoscaler._private.util import prepare_config
 from cluster.local.ports import free_ports
 
 FILE = Path(__file__).parents[2] / "cluster/ray/cluster.yaml"
-# Prints the types of the nodes that live; what is asked for comes first, where there is a demand.
+# Enough for a machine that does other things, too; nothing here is about speed.
+START_S = 300.0 if os.environ.get("CI") else 120.0
+# Prints what the nodes that live have, and how many demands by placement groups there are.
 _LOOK = """
-import json, sys, ray
-from ray.autoscaler.sdk import request_resources
-ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
-if sys.argv[2:]:
-    request_resources(bundles=json.loads(sys.argv[2]))
-print(json.dumps([sorted(n["Resources"]) for n in ray.nodes() if n["Alive"]]))
+import json, sys
+from ray.autoscaler.v2.sdk import get_cluster_status
+status = get_cluster_status(sys.argv[1])
+nodes = [sorted(node.total_resources()) for node in status.active_nodes + status.idle_nodes]
+print(json.dumps([nodes, len(status.resource_demands.placement_group_demand)]))
+"""
+_REQUIRE = """
+import json, sys
+from sbi_dist.session import connect, require
+connect(sys.argv[1])
+require(json.loads(sys.argv[2]), 1, "this test", float(sys.argv[3]))
+"""
+# As an autoscaler does that tells which nodes it may add.
+_REPORT = """
+import sys
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import ClusterConfig
+config = ClusterConfig()
+for name, cpus, most in [("small", 2, 3), ("many", 1, -1)][: int(sys.argv[2])]:
+    group = config.node_group_configs.add(name=name, max_count=most)
+    group.resources.update({"CPU": cpus, "memory": 8_000_000_000})
+GcsClient(sys.argv[1]).report_cluster_config(config.SerializeToString())
 """
 
 
@@ -47,6 +66,13 @@ def _for_this_machine(address: str) -> dict[str, Any]:
         node["resources"] |= {name: 1, "object_store_memory": 80 * 1024**2}
         node.pop("docker", None)
     types["ray.head.default"] = types.pop("head")
+    # A machine that can't be had: Ray does not start with so small a memory for objects.
+    types["absent"] = {
+        **types["simulator"],
+        "resources": {"CPU": 0, "absent": 1, "object_store_memory": 1},
+        "min_workers": 0,
+        "max_workers": 1,
+    }
     for key in ("docker", "file_mounts", "auth"):
         config[key] = {}
     config["head_node_type"] = "ray.head.default"
@@ -81,6 +107,8 @@ class Cluster:
         command = [
             *("ray", "start", "--head", "--block", f"--port={self.address.partition(':')[2]}"),
             *("--num-cpus=0", "--include-dashboard=false"),
+            # Any free ones: Ray's default is a range that has the ports above in it.
+            *("--min-worker-port=0", "--max-worker-port=0"),
             *(f"--temp-dir={self._temporary}", f"--autoscaling-config={config}"),
             *("--dashboard-agent-listen-port=0", f"--ray-client-server-port={free_ports(1)[0]}"),
             *("--object-store-memory=80000000", "--disable-usage-stats"),
@@ -103,27 +131,50 @@ class Cluster:
             stderr=subprocess.STDOUT,
         )
 
-    def nodes(self, *demand: str) -> Counter[str]:
-        """The machines that live, by type; with a demand, after it was made."""
-        done = subprocess.run(
-            [sys.executable, "-c", _LOOK, self.address, *demand],
+    def python(self, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, self.address, *arguments],
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=START_S,
         )
-        if done.returncode:
-            return Counter()
-        kinds = {"node:__internal_head__": "head", "simulator": "simulator", "trainer": "trainer"}
-        nodes = json.loads(done.stdout.splitlines()[0])
-        return Counter(kinds[name] for has in nodes for name in has if name in kinds)
 
-    def until(self, expected: dict[str, int], *demand: str) -> None:
-        deadline = time.monotonic() + 60
-        while (found := self.nodes(*demand)) != Counter(expected):
-            assert self._head.poll() is None, "the head has ended"
-            assert time.monotonic() < deadline, f"{found} instead of {expected}"
+    def look(self) -> tuple[Counter[str], int]:
+        """The machines that live, by type, and the demands; none where the head does not answer."""
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _LOOK, self.address],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
+        except subprocess.TimeoutExpired:
+            return Counter(), -1
+        if done.returncode:
+            return Counter(), -1
+        kinds = {"node:__internal_head__": "head", "simulator": "simulator", "trainer": "trainer"}
+        nodes, demands = json.loads(done.stdout.splitlines()[-1])
+        return Counter(kinds[name] for has in nodes for name in has if name in kinds), demands
+
+    def until(self, **expected: int) -> None:
+        """Wait for these machines, with no demand left."""
+        deadline = time.monotonic() + START_S
+        while not self._answers() or (found := self.look()) != (Counter(expected), 0):
+            assert self._head.poll() is None, f"the head has ended: {self._said()}"
+            assert time.monotonic() < deadline, f"not {expected}, but {found}: {self._said()}"
             time.sleep(0.5)
+
+    def _answers(self) -> bool:
+        host, _, port = self.address.partition(":")
+        with contextlib.suppress(OSError):
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return True
+        return False
+
+    def _said(self) -> str:
+        return Path(self._log.name).read_text()[-2000:]
 
     def end(self) -> list[int]:
         """End everything that this started, by its mark."""
@@ -148,9 +199,9 @@ class Cluster:
         return found
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    started = Cluster(tmp_path)
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    started = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
         yield started
     finally:
@@ -158,26 +209,111 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     assert not left
 
 
-@pytest.mark.timeout(240)
-def test_simulations_bring_simulators_and_only_a_gpu_brings_a_trainer(
-    cluster: Cluster, tmp_path: Path
+def _command(stage: str, store: Path, address: str | None, *sets: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "sbi_dist", stage, "gaussian", "--store", str(store)),
+        *(("--address", address) if address else ()),
+        *(part for each in sets for part in ("--set", each)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def store(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Simulations to train on, made without the cluster."""
+    folder = tmp_path_factory.mktemp("store")
+    command = _command("simulate", folder, None, "simulate.num_simulations=400")
+    subprocess.run(command, env=cluster.environment, check=True, timeout=START_S)
+    return folder
+
+
+@pytest.mark.timeout(900)
+def test_stages_bring_the_machines_that_they_need(
+    cluster: Cluster, store: Path, tmp_path: Path
 ) -> None:
-    cluster.until({"head": 1, "simulator": 1})
+    def run(stage: str, folder: Path, *sets: str) -> str:
+        done = subprocess.run(
+            _command(stage, folder, cluster.address, *sets),
+            env=cluster.environment,
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stderr
+
+    cluster.until(head=1)
+    said = run("train", store, "simulate.num_simulations=400", "train.max_epochs=3")
+    assert "train.workers: the nodes started within" in said
+    assert len(list(store.glob("gaussian/models/*/bundle.json"))) == 1
+    cluster.until(head=1, simulator=1)
     # Two actors that do not fit on one machine.
+    run(
+        *("simulate", tmp_path, "simulate.num_simulations=400", "simulate.shard_size=50"),
+        *("simulate.autoscale=true", "simulate.actors=2", "simulate.cpus_per_actor=9"),
+    )
+    assert len(list(tmp_path.glob("gaussian/simulations/*/shard-*.parquet"))) == 8
+    cluster.until(head=1, simulator=2)
+    done = cluster.python(_REQUIRE, '{"CPU": 1, "GPU": 1}', "300")
+    assert done.returncode == 0, done.stderr
+    cluster.until(head=1, simulator=2, trainer=1)
+
+
+@pytest.mark.timeout(600)
+def test_machines_that_can_not_be_had_are_told(cluster: Cluster, store: Path) -> None:
+    # No machine has nine GPUs.
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "sbi_dist", "simulate", "gaussian"),
-            *("--address", cluster.address, "--store", str(tmp_path / "runs")),
-            *("--set", "simulate.num_simulations=400", "--set", "simulate.shard_size=50"),
-            *("--set", "simulate.autoscale=true", "--set", "simulate.actors=2"),
-            *("--set", "simulate.cpus_per_actor=9"),
-        ],
+        _command(
+            *("train", store, cluster.address, "simulate.num_simulations=400"),
+            *("train.max_epochs=4", "train.gpus_per_worker=9"),
+        ),
         env=cluster.environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=START_S,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list(tmp_path.glob("runs/gaussian/simulations/*/shard-*.parquet"))) == 8
-    cluster.until({"head": 1, "simulator": 2})
-    cluster.until({"head": 1, "simulator": 2, "trainer": 1}, '[{"GPU": 1}]')
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "train.workers asks for 1 x 9 = 9 GPUs, and the Ray cluster has " in done.stderr
+    assert "its autoscaler has no nodes to add that these would fit on; ask for" in done.stderr
+
+    # There is a type for this one, whose machines do not start.
+    done = cluster.python(_REQUIRE, '{"absent": 1}', "10")
+    assert "StageError: this test: the nodes for 1 x (1 absent) did not start" in done.stderr
+    assert "absent could not be had: " in done.stderr
+    assert cluster.look()[1] == 0
+
+
+@pytest.mark.timeout(600)
+def test_an_interrupt_ends_the_waiting(cluster: Cluster, tmp_path: Path) -> None:
+    waiting = subprocess.Popen(
+        _command("simulate", tmp_path, cluster.address, "simulate.resources_per_actor={absent: 1}"),
+        env=cluster.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert waiting.stderr is not None
+        for line in waiting.stderr:
+            if "waiting for nodes with room for 1 x " in line:
+                break
+        assert cluster.look()[1] == 1
+        waiting.send_signal(signal.SIGINT)
+        said = waiting.communicate(timeout=60)[1]
+        assert waiting.returncode == 130, said
+    finally:
+        waiting.kill()
+        waiting.wait()
+    cluster_demands = cluster.look()[1]
+    assert cluster_demands == 0
+
+
+@pytest.mark.timeout(600)
+def test_what_an_autoscaler_tells_of_its_nodes_is_told(cluster: Cluster) -> None:
+    cluster.python(_REPORT, "1")
+    try:
+        done = cluster.python(_REQUIRE, '{"CPU": 64}', "300")
+        assert "its autoscaler may add up to 3 small (2 CPU, 8 GB of memory)" in done.stderr
+        cluster.python(_REPORT, "2")
+        done = cluster.python(_REQUIRE, '{"CPU": 64}', "300")
+        assert "(2 CPU, 8 GB of memory); any number of many (1 CPU, 8 GB" in done.stderr
+    finally:
+        cluster.python(_REPORT, "0")

@@ -79,7 +79,7 @@ def test_an_object_that_is_replaced_is_noticed(store: S3Store) -> None:
             Posterior.from_store(model),
             model,
             source,
-            InferOptions(num_samples=10),
+            InferOptions(num_samples=10, actors=1),
             store.child("out"),
             show_progress=False,
         )

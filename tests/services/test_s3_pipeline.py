@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
+from sbi_dist.cli import run_command
+from sbi_dist.problem import load_problem
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.simulation.shard import Simulations
-from sbi_dist.store import LocalStore, ObjectStore, S3Store
+from sbi_dist.store import ObjectStore, S3Store
+from tests.ray.conftest import calm as undisturbed
 from tests.services.proxy import Proxy
 from tests.services.s3_server import S3Server
 
@@ -34,20 +40,26 @@ problem = Problem(
     BoxUniform([-1.0, 0.0], [1.0, 2.0]), simulator, parameter_names=["a", "b"], observed=[0.1, 1.0]
 )
 """
-EXPERIMENT = {
+EXPERIMENT: dict[str, Any] = {
     "name": "experiment",
     "problem": "problem.py:problem",
     "simulate": {"num_simulations": 1500, "shard_size": 20},
     "train": {"transforms": 2, "hidden_features": 16, "max_epochs": 3, "workers": 0},
+    "calibrate": {"enabled": False},  # trained for a moment, it would fail
     "infer": {"num_samples": 500, "predictive_simulations": 20},
 }
 SHARDS = 75
 
 
+def write(folder: Path, problem: str = PROBLEM) -> None:
+    """The experiment's files."""
+    (folder / "problem.py").write_text(problem)
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+
+
 def command(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """``sbi-dist`` with a Ray of its own, in a folder with the experiment."""
-    (folder / "problem.py").write_text(PROBLEM)
-    (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    write(folder)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_ADDRESS"))}
     return subprocess.Popen(
         [sys.executable, "-m", "sbi_dist", *arguments],
@@ -69,6 +81,31 @@ def ended(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, st
     return process.returncode, out, err
 
 
+@pytest.fixture
+def here(
+    become: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """``sbi-dist`` in this process, as an identity of the server's; see ``ended``."""
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+
+    def run(
+        *arguments: str, identity: str = "admin", endpoint: str | None = None
+    ) -> tuple[int, str, str]:
+        become(identity, endpoint)
+        capfd.readouterr()
+        code = run_command(list(arguments))
+        return code, *capfd.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def columns(store: ObjectStore) -> Simulations:
     """The rows of the experiment's only dataset."""
     (identity,) = store.folders("experiment/simulations/")
@@ -88,11 +125,11 @@ def same(one: Simulations, other: Simulations) -> bool:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Simulations:
-    """What an undisturbed run on a local disk gives."""
+    """What is simulated where nothing goes wrong: in this process, without waiting."""
     folder = tmp_path_factory.mktemp("calm")
-    code, _, err = ended(command(folder, "simulate", "experiment.yaml"))
-    assert code == 0, err
-    return columns(LocalStore(folder / "runs"))
+    write(folder, PROBLEM.replace("time.sleep(0.004)", "pass"))
+    problem = load_problem("problem.py:problem", folder)
+    return undisturbed(problem, EXPERIMENT["simulate"]["num_simulations"], 20)
 
 
 def shards_stored(store: S3Store) -> int:
@@ -110,7 +147,7 @@ def wait_for_shards(store: S3Store, count: int, process: subprocess.Popen[str]) 
 
 
 def test_server_killed_in_the_middle(
-    tmp_path: Path, s3_server: S3Server, store: S3Store, calm: Simulations
+    tmp_path: Path, s3_server: S3Server, store: S3Store, calm: Simulations, here: Any
 ) -> None:
     run = command(tmp_path, "run", "experiment.yaml", "--store", store.uri, **s3_server.environment)
     try:
@@ -130,16 +167,10 @@ def test_server_killed_in_the_middle(
     assert secret not in out + err
 
     # Everything is there: a second run has nothing to do, and any machine can ask.
-    again = command(
-        tmp_path, "status", "experiment.yaml", "--store", store.uri, **s3_server.environment
-    )
-    code, out, err = ended(again)
+    code, out, err = here("status", "experiment.yaml", "--store", store.uri)
     status = yaml.safe_load(out)
     assert (code, status["simulations"], status["trained"]) == (0, 1500, True), err
-    verify = command(
-        tmp_path, "verify", "experiment.yaml", "--store", store.uri, **s3_server.environment
-    )
-    code, out, err = ended(verify)
+    code, out, err = here("verify", "experiment.yaml", "--store", store.uri)
     assert code == 0 and "verified 75 shards with 1,500 simulations" in out, err
 
 
@@ -166,18 +197,10 @@ def test_network_that_fails(
     ],
 )
 def test_what_can_not_be_used_is_told_in_one_sentence(
-    tmp_path: Path, s3_server: S3Server, identity: str, bucket: str | None, sentence: str
+    here: Any, s3_server: S3Server, identity: str, bucket: str | None, sentence: str
 ) -> None:
     uri = f"s3://{bucket or s3_server.bucket}/refused"
-    run = command(
-        tmp_path,
-        "simulate",
-        "experiment.yaml",
-        "--store",
-        uri,
-        **s3_server.environment_of(identity),
-    )
-    code, out, err = ended(run)
+    code, out, err = here("simulate", "experiment.yaml", "--store", uri, identity=identity)
     last = err.strip().splitlines()[-1]
     assert code == 2, err
     assert last.startswith("sbi-dist: ") and sentence in last
@@ -185,11 +208,10 @@ def test_what_can_not_be_used_is_told_in_one_sentence(
     assert s3_server.environment_of(identity)["AWS_SECRET_ACCESS_KEY"] not in out + err
 
 
-def test_no_server_is_told_within_seconds(tmp_path: Path, s3_server: S3Server) -> None:
-    nowhere = {**s3_server.environment, "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}
+def test_no_server_is_told_within_seconds(here: Any) -> None:
     started = time.monotonic()
-    code, _, err = ended(
-        command(tmp_path, "status", "experiment.yaml", "--store", "s3://bucket/c", **nowhere)
+    code, _, err = here(
+        "status", "experiment.yaml", "--store", "s3://bucket/c", endpoint="http://127.0.0.1:9"
     )
     assert code == 2 and "AWS_ENDPOINT_URL_S3" in err and "127.0.0.1:9" in err
     assert time.monotonic() - started < 60

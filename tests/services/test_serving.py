@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -18,7 +20,7 @@ from sbi_dist.estimation.bundle import BUNDLE, WEIGHTS, save_bundle
 from sbi_dist.posterior import Posterior
 from sbi_dist.posterior.posterior import PROMOTED
 from sbi_dist.priors import BoxUniform, prior_to_data
-from sbi_dist.store import ObjectStore, S3Store
+from sbi_dist.store import LocalStore, ObjectStore, S3Store
 from tests.services.s3_server import S3Server
 from tests.services.served import BUSY, Load, Served, X, until
 from tests.unit.test_untrusted_bundle import made
@@ -246,7 +248,7 @@ def flood(service: Served, threads: int, seconds: float) -> list[tuple[httpx.Res
 def test_too_many_ask(service: Served) -> None:
     memory: list[int] = []
     for _ in range(3):
-        found = flood(service, threads=40, seconds=4.0)
+        found = flood(service, threads=40, seconds=2.5)
         taken = [seconds for answer, seconds in found if answer.status_code == 200]
         refused = [answer for answer, _ in found if answer.status_code == 503]
         assert len(taken) + len(refused) == len(found), {a.status_code for a, _ in found}
@@ -260,3 +262,50 @@ def test_too_many_ask(service: Served) -> None:
     began = time.monotonic()
     httpx.post(f"{service.url}/v1/models/promoted/sample", json={"x": X}).raise_for_status()
     assert time.monotonic() - began < BUSY * 2.0
+
+
+TOKEN = {"Authorization": "Bearer secretDoNotShow"}
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Served]:
+    """A second service on this machine, for a token, whose only model is ``guarded``."""
+    store = LocalStore(tmp_path / "gaussian")
+    prior = prior_to_data(BoxUniform([-2.0] * 2, [2.0] * 2))
+    about = {"prior": prior, "parameter_names": ["a", "b"], "model": "guarded"}
+    save_bundle(store.child("models/guarded"), made(), about)
+    store.put(PROMOTED, json.dumps({"model": "guarded"}).encode())
+    tokens = tmp_path / "tokens"
+    tokens.write_text("secretDoNotShow\n")
+    served = Served(str(tmp_path), {}, serve__cpus_per_replica=0.25, serve__tokens_file=tokens)
+    yield served
+    served.remove()
+
+
+def test_a_replica_is_gone_and_another_service_does_not_answer(
+    service: Served, guarded: Served
+) -> None:
+    (victim,) = guarded.replicas()
+    os.kill(victim.pid, signal.SIGKILL)
+    found: collections.Counter[tuple[bool, int, str | None]] = collections.Counter()
+    without = (False, 401, None)
+
+    def ask(with_token: bool) -> None:
+        headers = TOKEN if with_token else {}
+        # Until there is a replica again, some get no answer.
+        with contextlib.suppress(httpx.HTTPError):
+            answer = httpx.get(f"{guarded.url}/v1/models", headers=headers, timeout=3)
+            promoted = answer.json().get("promoted") if answer.status_code < 500 else None
+            found[with_token, answer.status_code, promoted] += 1
+
+    def again() -> bool:
+        """Ask; whether a replica has answered for a while."""
+        ask(False)
+        ask(True)
+        new = [each for each in guarded.replicas() if each != victim]
+        return bool(new) and min(found[without], found[True, 200, "guarded"]) > 10
+
+    until(again, 180.0, "another replica answers, each by its rules")
+    unexpected = [key for key in found if key[1] < 500 and key != without and key[2] != "guarded"]
+    assert not unexpected, found
+    assert httpx.get(f"{service.url}/v1/models").json()["promoted"] == "one"

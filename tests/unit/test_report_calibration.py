@@ -14,7 +14,7 @@ from sbi_dist.calibration.reference import Scale
 from sbi_dist.calibration.text import as_text
 from sbi_dist.calibration.verdict import curves, judge
 from sbi_dist.report.calibration import calibration_panels
-from sbi_dist.report.content import CalibrationFacts
+from sbi_dist.report.content import CalibrationFacts, FailureFacts
 from tests.unit.test_report import Page, is_png, make_content, normalised
 
 NAMES = ["rate", "<b>bold</b> & co"]
@@ -58,6 +58,22 @@ def test_page_shows_the_calibration(sd, verdict) -> None:
         assert html.rindex("<td>fail</td>") < html.index("<td>pass</td>")
 
 
+def test_page_says_what_it_found_at_the_observed_data_and_what_failed() -> None:
+    found = calibrated(1.0)
+    sentence = "The posterior of the observed data (l-C2ST): told <apart>."
+    local = {**found["tests"][1], "name": "local", "sentence": sentence}
+    failures = [FailureFacts("ValueError: <too> large", 12, [0.5, 2.0])]
+    given = dataclasses.replace(
+        facts({**found, "tests": [*found["tests"], local]}), failures=failures
+    )
+    files = report.render(make_content(np.random.default_rng(1), count=0, calibration=given))
+    html = files["index.html"].decode()
+    section = html.partition("<h2>Calibration</h2>")[2].partition("<table")[0]
+    assert "<p>The posterior of the observed data (l-C2ST): told &lt;apart&gt;.</p>" in section
+    text = normalised(Page(html))
+    assert "in no test; most often ValueError: <too> large (12 times, for one with " in text
+
+
 def test_page_without_a_calibration() -> None:
     files = report.render(make_content(np.random.default_rng(1), count=0))
     assert "calibration.png" not in files and b"<h2>Calibration" not in files["index.html"]
@@ -96,4 +112,4 @@ def test_text_of_a_calibration() -> None:
 
 def test_facts_are_those_of_the_verdict() -> None:
     names = {field.name for field in dataclasses.fields(CalibrationFacts)}
-    assert names - {"created"} <= calibrated(1.0).keys()
+    assert names - {"created", "failures"} <= calibrated(1.0).keys()
