@@ -41,7 +41,8 @@ def main(peer: str, rows: int, draws: int) -> None:
     ranks, _ = run_sbc(theta, x, posterior, draws, show_progress_bar=False)
     seconds = time.perf_counter() - began
     ks = check_uniformity_frequentist(ranks, draws).tolist()
-    print(json.dumps({"rows": rows, "seconds": seconds, "ks": ks}))
+    # On a line of its own: sbi leaves its last one open.
+    print("\n" + json.dumps({"rows": rows, "seconds": seconds, "ks": ks}))
 
 
 if __name__ == "__main__":
