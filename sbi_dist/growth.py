@@ -97,8 +97,8 @@ def _wait(
     while room() < count:
         now = time.monotonic()
         state = _state(tables)
-        if state is not None and state.autoscaler_state_version != version:
-            version, answered = state.autoscaler_state_version, now
+        if state is not None and state.last_seen_cluster_resource_state_version != version:
+            version, answered = state.last_seen_cluster_resource_state_version, now
             refused = any(
                 demand in each.details for each in state.infeasible_gang_resource_requests
             )

@@ -285,17 +285,22 @@ def test_machines_that_can_not_be_had_are_told(cluster: Cluster, store: Path) ->
 @pytest.mark.timeout(600)
 def test_an_interrupt_ends_the_waiting(cluster: Cluster, tmp_path: Path) -> None:
     waiting = subprocess.Popen(
-        _command("simulate", tmp_path, cluster.address, "simulate.resources_per_actor={absent: 1}"),
+        _command(
+            *("simulate", tmp_path, cluster.address, "simulate.cpus_per_actor=0"),
+            "simulate.resources_per_actor={absent: 1}",
+        ),
         env=cluster.environment,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
         assert waiting.stderr is not None
+        told: list[str] = []
         for line in waiting.stderr:
+            told.append(line)
             if "waiting for nodes with room for 1 x " in line:
                 break
-        assert cluster.look()[1] == 1
+        assert cluster.look()[1] == 1, told
         waiting.send_signal(signal.SIGINT)
         said = waiting.communicate(timeout=60)[1]
         assert waiting.returncode == 130, said
