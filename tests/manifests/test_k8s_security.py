@@ -284,7 +284,8 @@ def test_just_these_ways_are_open(target: str) -> None:
     }
     incoming = {pair: ports for pair, ports in EDGES.items() if brought.get(pair, "dns") in names}
     assert edges(policies, "ingress") == incoming
-    outgoing = {pair: ports for pair, ports in incoming.items() if pair[0] in (*RAY, "submitter")}
+    ours = (*RAY, "submitter", "client")
+    outgoing = {pair: ports for pair, ports in incoming.items() if pair[0] in ours}
     outgoing |= {("head", "redis"): {"6379"}}
     outgoing |= {(role, DNS): {"53", "53/UDP"} for role in ROLES}
     outgoing |= {(role, "0.0.0.0/0"): {"443"} for role in RAY}
