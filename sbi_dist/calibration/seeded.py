@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import ndtri
+import scipy  # loads its parts when they are used
 
 __all__ = ["normal", "uniform"]
 
@@ -27,4 +27,4 @@ def uniform(seed: int, row: np.ndarray, stream: int) -> np.ndarray:
 
 def normal(seed: int, row: np.ndarray, stream: int) -> np.ndarray:
     """(B,) float64, standard normal."""
-    return ndtri(uniform(seed, row, stream))
+    return scipy.special.ndtri(uniform(seed, row, stream))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import norm
+import scipy  # loads its parts when they are used
 
 from sbi_dist.calibration.finding import Finding, Part
 from sbi_dist.calibration.table import Ranks
@@ -80,4 +80,4 @@ def _mean_below_zero(values: np.ndarray) -> float:
     t = float(values.mean()) / spread
     skew = float(np.mean(((values - values.mean()) / spread) ** 3))
     corrected = t + skew * t**2 / 3 + skew**2 * t**3 / 27 + skew / (6 * count)
-    return float(norm.cdf(np.sqrt(count) * corrected))
+    return float(scipy.special.ndtr(np.sqrt(count) * corrected))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binom
+import scipy  # loads its parts when they are used: scipy.stats takes half a second
 
 from sbi_dist.calibration.finding import Finding, Part
 from sbi_dist.calibration.table import Ranks
@@ -47,7 +47,7 @@ def _more_than(observed: int, pool: np.ndarray, draws: int) -> float:
     # The sum of all, up to what was observed; what goes beyond is left over.
     chance = np.ones(1)
     for each, rows in zip(*np.unique(pool[pool > 0], return_counts=True), strict=True):
-        terms = binom.pmf(np.arange(observed), rows, each / (draws + 1))
+        terms = scipy.stats.binom.pmf(np.arange(observed), rows, each / (draws + 1))
         chance = np.convolve(chance, terms)[:observed]
     left = 1.0 - float(chance.sum())
     if left > 1e-9:

@@ -15,8 +15,7 @@ import functools
 import math
 
 import numpy as np
-from scipy.special import gammaln
-from scipy.stats import binom
+import scipy  # loads its parts when they are used: scipy.stats takes half a second
 
 __all__ = ["Curve", "Deviation", "band", "curve", "holm", "levels", "marginal", "p_value", "radial"]
 
@@ -70,7 +69,10 @@ def p_value(found: Curve) -> float:
     total, at = found.total, found.levels
     if total == 0:
         return 1.0
-    tails = np.minimum(binom.cdf(found.counts, total, at), binom.sf(found.counts - 1, total, at))
+    tails = np.minimum(
+        scipy.stats.binom.cdf(found.counts, total, at),
+        scipy.stats.binom.sf(found.counts - 1, total, at),
+    )
     gamma = 2.0 * float(tails.min())
     if gamma < _SMALL:
         return min(1.0, max(gamma * len(at), 1e-300))
@@ -105,14 +107,14 @@ def band(total: int, draws: int, alpha: float) -> tuple[np.ndarray, np.ndarray]:
 def _bounds(total: int, at: tuple[float, ...], gamma: float) -> tuple[np.ndarray, np.ndarray]:
     """(K,), (K,) int64: the least and largest counts whose tails are both above gamma / 2."""
     half, place = gamma / 2 * (1 + 1e-9), np.array(at)  # what differs by rounding is equal
-    low = binom.ppf(half, total, place).astype(np.int64)
-    high = binom.isf(half, total, place).astype(np.int64)
+    low = scipy.stats.binom.ppf(half, total, place).astype(np.int64)
+    high = scipy.stats.binom.isf(half, total, place).astype(np.int64)
     for _ in range(3):  # the quantiles are right but for one or two
-        low = np.where(binom.cdf(low - 1, total, place) > half, low - 1, low)
-        high = np.where(binom.sf(high, total, place) > half, high + 1, high)
+        low = np.where(scipy.stats.binom.cdf(low - 1, total, place) > half, low - 1, low)
+        high = np.where(scipy.stats.binom.sf(high, total, place) > half, high + 1, high)
     for _ in range(3):
-        low = np.where(binom.cdf(low, total, place) > half, low, low + 1)
-        high = np.where(binom.sf(high - 1, total, place) > half, high, high - 1)
+        low = np.where(scipy.stats.binom.cdf(low, total, place) > half, low, low + 1)
+        high = np.where(scipy.stats.binom.sf(high - 1, total, place) > half, high, high - 1)
     return np.clip(low, 0, total), np.clip(high, 0, total)
 
 
@@ -134,8 +136,10 @@ def _inside(total: int, at: np.ndarray, low: np.ndarray, high: np.ndarray) -> fl
     last = total - start - np.arange(len(chance))
     rate = total * (1.0 - place)
     # The last step brings them to their total, whose own probability is divided out.
-    log_last = np.where(last >= 0, last * math.log(rate) - rate - gammaln(last + 1.0), -np.inf)
-    log_total = total * math.log(total) - total - gammaln(total + 1.0)
+    log_last = np.where(
+        last >= 0, last * math.log(rate) - rate - scipy.special.gammaln(last + 1.0), -np.inf
+    )
+    log_total = total * math.log(total) - total - scipy.special.gammaln(total + 1.0)
     return float(chance @ np.exp(log_last - log_total))
 
 
@@ -145,7 +149,7 @@ def _poisson(rate: float) -> tuple[np.ndarray, int]:
     reach = 12.0 * math.sqrt(rate) + 40.0
     first = max(0, math.floor(rate - reach))
     counts = np.arange(first, math.ceil(rate + reach) + 1, dtype=np.float64)
-    return np.exp(counts * math.log(rate) - rate - gammaln(counts + 1.0)), first
+    return np.exp(counts * math.log(rate) - rate - scipy.special.gammaln(counts + 1.0)), first
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
