@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 
 import torch
 
+from sbi_dist.benchmark.records import folder_of, write_record
 from sbi_dist.calibration.c2st import c2st_each
-from sbi_dist.experiment import Experiment, digest, load_experiment
+from sbi_dist.experiment import Experiment, load_experiment
 from sbi_dist.pipeline import Pipeline
 from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.problems.reference import load_reference
@@ -22,8 +22,6 @@ from sbi_dist.store import ObjectStore
 
 __all__ = ["Cell", "Trained", "judge", "together"]
 
-# Changes when the same model gets other records than before.
-_FORMAT = 1
 # Networks are trained side by side while their weights are no more than a cache holds.
 _WEIGHTS_TOGETHER = 100_000
 _MOST_TOGETHER = 5
@@ -72,16 +70,9 @@ class Trained:
 
     @classmethod
     def of(cls, cell: Cell, pipeline: Pipeline, model_id: str, num_draws: int) -> Trained:
-        """The records of a model have a folder of their own for each number of draws."""
-        name = digest({"format": _FORMAT, "num_draws": num_draws}, 6)
-        folder = pipeline.store.child(f"benchmark/{model_id}-{name}")
+        """A cell's model, by its name."""
+        folder = folder_of(pipeline.store, model_id, num_draws)
         return cls(cell.task, pipeline.rounds.model(model_id), folder, num_draws)
-
-    def found(self) -> dict[int, float]:
-        """C2ST by the number of the observation, of those that have a record."""
-        keys = self.records.list("observation-")
-        records = [json.loads(self.records.get(key)) for key in keys]
-        return {record["observation"]: record["c2st"] for record in records}
 
 
 def judge(trained: Trained, observations: Sequence[int]) -> dict[int, float]:
@@ -101,9 +92,7 @@ def judge(trained: Trained, observations: Sequence[int]) -> dict[int, float]:
         pairs.append((reference.draws[: trained.num_draws], draws.numpy()))
     found = dict(zip(observations, c2st_each(pairs), strict=True))
     for number, value in found.items():
-        record = {"task": trained.task, "observation": number, "c2st": value}
-        key = f"observation-{number:02d}.json"
-        trained.records.put_if_absent(key, json.dumps(record).encode())
+        write_record(trained.records, trained.task, number, value)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The ``benchmark`` command: what was asked for, the run, and its table and plot in the store."""
+"""The ``benchmark`` command: what was asked for, the run, and its table and page in the store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def benchmark(
     store: str | None,
     address: str | None,
 ) -> tuple[str, str]:
-    """Run what is left of the benchmark; its table as text, and the folder of table and plot.
+    """Run what is left of the benchmark; its table as text, and the folder of table and page.
 
     Raises:
         InputError: names the argument, its value and what is allowed.
@@ -45,10 +45,10 @@ def benchmark(
     rows = as_rows(run_cells(asked, address))
     table = as_text(rows)
     # Imported here: nothing else of it draws.
-    from sbi_dist.benchmark.plot import c2st_panels
-    from sbi_dist.report.style import to_png
+    from sbi_dist.benchmark.page import render
 
-    folder.put("c2st.png", to_png(c2st_panels(rows)))
+    for file, data in render(rows, first.train.outcome()).items():
+        folder.put(file, data)
     about = {"train": first.train.outcome(), "num_draws": num_draws, "rows": rows}
     folder.put("table.json", json.dumps(about, indent=1).encode())
     folder.put("table.txt", f"{table}\n".encode())

@@ -14,6 +14,7 @@ from typing import Any
 from sbi_dist.benchmark.cell import Cell, Trained, judge, together
 from sbi_dist.benchmark.options import Asked
 from sbi_dist.benchmark.published import NPE
+from sbi_dist.benchmark.records import read_records
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.problems.reference import reference_problem
 from sbi_dist.progress import Progress, say
@@ -43,12 +44,11 @@ def run_cells(asked: Asked, address: str | None) -> dict[Cell, dict[int, float]]
             assert records is not None
             model_id = pipeline.rounds.model_id(this, records)
             models[cell] = Trained.of(cell, pipeline, model_id, asked.num_draws)
-            found[cell] = {
-                number: value for number, value in models[cell].found().items() if number in numbers
-            }
+            there = read_records(models[cell].records)
+            found[cell] = {number: there[number] for number in numbers if number in there}
         total = len(asked.cells) * len(numbers)
-        there = sum(map(len, found.values()))
-        with Progress("benchmark", total, "observations", there) as progress, _Tasks() as tasks:
+        done = sum(map(len, found.values()))
+        with Progress("benchmark", total, "observations", done) as progress, _Tasks() as tasks:
             for cell in asked.cells:
                 if len(found[cell]) < len(numbers):
                     tasks.start(cell, _train, cell)

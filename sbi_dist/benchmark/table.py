@@ -10,7 +10,7 @@ import numpy as np
 from sbi_dist.benchmark.cell import Cell
 from sbi_dist.benchmark.published import NPE
 
-__all__ = ["as_rows", "as_text"]
+__all__ = ["as_rows", "as_sentence", "as_text"]
 
 
 def as_rows(found: Mapping[Cell, Mapping[int, float]]) -> list[dict[str, Any]]:
@@ -48,9 +48,14 @@ def as_text(rows: list[dict[str, Any]]) -> str:
             f"{row['task']:<25}{row['num_simulations']:>12,}{row['c2st']:>8.3f}{min(values):>8.3f}"
             f"{max(values):>9.3f}{beside}"
         )
+    lines.append(as_sentence(rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def as_sentence(rows: list[dict[str, Any]]) -> str:
+    """What the numbers of the table are."""
     counts = {len(row["observations"]) for row in rows}
-    lines.append(
+    return (
         f"C2ST: mean over {' or '.join(map(str, sorted(counts)))} observations, 0.5 is as good as "
         "can be. NPE: as published by Lueckmann et al. 2021, ten observations."
     )
-    return "\n".join(line.rstrip() for line in lines)

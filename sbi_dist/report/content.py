@@ -127,6 +127,21 @@ class CalibrationFacts:
 
 
 @dataclass(frozen=True, eq=False)
+class AgreementFacts:
+    """How well draws agree with reference draws, where the problem has them.
+
+    Attributes:
+        c2st: of each observation, by its number.
+        simulations: that the model was trained on.
+        published: C2ST that is published for NPE after as many, if any.
+    """
+
+    c2st: Mapping[int, float]
+    simulations: int
+    published: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class TuneFacts:
     """A search over settings of the density estimator on the model's simulations.
 
@@ -178,6 +193,7 @@ class ReportContent:
         axes: how observations are labelled.
         recovery: how well known parameters are recovered; None leaves that section out.
         calibration: what it found; None where the model was not calibrated.
+        agreement: with reference draws; None where it was not measured.
         tune: a search over the estimator's settings; None leaves that section out.
         versions: library name to version.
         notes: caveats, each a sentence or two, shown at the top.
@@ -200,6 +216,7 @@ class ReportContent:
     axes: PredictiveAxes = field(default_factory=PredictiveAxes)
     recovery: RecoveryFacts | None = None
     calibration: CalibrationFacts | None = None
+    agreement: AgreementFacts | None = None
     tune: TuneFacts | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sbi_dist.benchmark.published import NPE
+from sbi_dist.benchmark.records import read_best
 from sbi_dist.catalog.draw import LEAST_SAMPLE_SIZE
 from sbi_dist.catalog.infer import MANIFEST, PREDICTIVE
 from sbi_dist.catalog.table import read_draws
@@ -22,6 +24,7 @@ from sbi_dist.priors import describe, prior_from_data, sample_prior, support_bou
 from sbi_dist.problem import Problem
 from sbi_dist.promotion import Promotion
 from sbi_dist.report.content import (
+    AgreementFacts,
     CalibrationFacts,
     DatasetFacts,
     FailureFacts,
@@ -133,6 +136,7 @@ def _content(finished: Finished) -> ReportContent:
             posterior, stored, records, weighted=_proposals(finished.draws) is not None
         ),
         calibration=_calibration(finished.store, finished.model_id),
+        agreement=_agreement(finished, dataset.simulations),
         tune=_search(finished.store, about["dataset"]["id"]),
         settings=experiment.resolved(),
         versions=about["versions"],
@@ -191,6 +195,15 @@ def _calibration(store: ObjectStore, model_id: str) -> CalibrationFacts | None:
         )
     except (KeyError, TypeError, ValueError):  # none, or one of another version
         return None
+
+
+def _agreement(finished: Finished, simulations: int) -> AgreementFacts | None:
+    """What ``sbi-dist benchmark`` found of the model, if it is one of its own."""
+    found = read_best(finished.store, finished.model_id)
+    if found is None:
+        return None
+    task, c2st = found
+    return AgreementFacts(c2st, simulations, NPE[task].get(simulations))
 
 
 def _search(store: ObjectStore, dataset_id: str) -> TuneFacts | None:

@@ -1,7 +1,8 @@
 """The report page: content in, one self-contained HTML file and its pictures out, as bytes.
 
 Here: which pictures are made, what they are called, and what happens when one cannot be drawn.
-The sentences are in ``wording``, the layout in ``page.html.j2``.  Nothing is written to disk.
+The sentences are in ``wording``, the page in ``page.html.j2``, what all
+pages have in ``layout.html.j2``.  Nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -55,14 +56,7 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
             pictures[name] = style.to_png(draw())
         except ValueError as error:
             return {"problem": str(error)}
-        width, height = style.shown_size(pictures[name])
-        data = base64.b64encode(pictures[name]).decode("ascii")
-        size = {
-            "width": str(width),
-            "height": str(height),
-            "kind": "wide" if width > 700 else "fit",
-        }
-        return {"src": f"data:image/png;base64,{data}", "alt": alt, **size}
+        return embedded(pictures[name], alt)
 
     with style.page_style():
         several = len(content.observations) > 1
@@ -98,7 +92,7 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
             "Simulations by status and their durations",
             lambda: plots.simulation_outcomes(dataset.status_counts, dataset.durations),
         )
-    html = _template().render(
+    html = template("page.html.j2").render(
         content=content,
         paragraphs=[p.strip() for p in content.problem.split("\n\n") if p.strip()],
         summary=wording.summary(content).replace(" %", "\u00a0%"),
@@ -114,6 +108,9 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
         calibration_sentences=[]
         if calibration is None
         else wording.calibration_sentences(calibration, content.parameter_names),
+        agreement_sentence=None
+        if content.agreement is None
+        else wording.agreement_sentence(content.agreement),
         training=training,
         simulations=simulations,
         simulations_caption=wording.simulations_caption(dataset),
@@ -132,16 +129,34 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
     return {"index.html": html.encode("utf-8"), **pictures}
 
 
+def template(name: str) -> jinja2.Template:
+    """One of the package's pages."""
+    return _environment().get_template(name)
+
+
 @lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("sbi_dist.report", package_path=""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2")
+
+
+def embedded(png: bytes, alt: str) -> dict[str, str]:
+    """A picture as ``picture.html.j2`` shows it: in the page itself."""
+    from sbi_dist.report import style
+
+    width, height = style.shown_size(png)
+    data = base64.b64encode(png).decode("ascii")
+    size = {
+        "width": str(width),
+        "height": str(height),
+        "kind": "wide" if width > 700 else "fit",
+    }
+    return {"src": f"data:image/png;base64,{data}", "alt": alt, **size}
 
 
 def _check(content: ReportContent) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from sbi_dist.report.arrays import FloatArray
 from sbi_dist.report.content import (
+    AgreementFacts,
     CalibrationFacts,
     DatasetFacts,
     ObservationFacts,
@@ -199,6 +200,23 @@ def calibration_sentences(calibration: CalibrationFacts, names: Sequence[str]) -
     if not often:
         return local
     return [*local, f"Held-out simulations that failed are in no test; most often {joined(often)}."]
+
+
+def agreement_sentence(agreement: AgreementFacts) -> str:
+    """What C2ST is and what it came to."""
+    values = list(agreement.c2st.values())
+    published = (
+        ""
+        if agreement.published is None
+        else f" Lueckmann et al. (2021) publish {agreement.published:.3f} for NPE after as many "
+        "simulations, the mean of ten observations."
+    )
+    return (
+        f"A classifier tells the draws of this model, trained on "
+        f"{plural(agreement.simulations, 'simulation')}, from reference draws at a rate of "
+        f"{np.mean(values):.3f} (C2ST, the mean of {plural(len(values), 'observation')}; 0.5: not "
+        f"at all, 1: always).{published}"
+    )
 
 
 def simulations_caption(dataset: DatasetFacts) -> str:

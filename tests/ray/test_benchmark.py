@@ -44,6 +44,8 @@ def test_kills_change_nothing(ray_address: str, tmp_path: Path, sbi_dist: Run) -
     assert all(path.read_bytes() == content for path, content in records.items())
     assert (table.parent / "c2st.png").stat().st_size > 10_000
     assert (table.parent / "table.txt").read_text() in done.stdout
+    page = (table.parent / "index.html").read_text()
+    assert all(f"{row['c2st']:.3f}" in page for row in rows)
 
     # Elsewhere, in one go.
     again = sbi_dist(*[part if part != "runs" else "calm" for part in QUICK])
