@@ -11,7 +11,7 @@ from typing import Any
 from sbi_dist.calibration.options import CalibrateOptions
 from sbi_dist.calibration.stage import calibrate, held_out_name, held_out_simulations, request_of
 from sbi_dist.calibration.text import as_text
-from sbi_dist.errors import CalibrationError
+from sbi_dist.errors import CalibrationError, InputError
 from sbi_dist.estimation.bundle import BUNDLE
 from sbi_dist.experiment import Experiment
 from sbi_dist.progress import say
@@ -71,11 +71,21 @@ class Gate:
             force: put it in use whatever comes of it.
             automatic: in proportion to what it was trained on, and not again where a calibration
                 of that size or a larger one is there.
+
+        Raises:
+            InputError: it failed a calibration with more simulations than are asked for.
         """
         options, observed = self._experiment.calibrate, this.problem.observed
+        outweighed = self._failed_with(model_id)
         if automatic:
-            count = options.count(sum(record.rows for record in records))
+            count = max(outweighed, options.count(sum(record.rows for record in records)))
             options = dataclasses.replace(options, num_simulations=count)
+        elif options.count() < outweighed and not force:
+            raise InputError(
+                f"calibrate.num_simulations is {options.count():,}, but model {model_id} failed "
+                f"its calibration with {outweighed:,}, which weighs more; give at least as many, "
+                "or --force to put it in use all the same"
+            )
         known = self._known(this, model_id, options) if automatic else None
         found = known or self._calibrate(this, records, model_id, options, observed)
         say(f"calibrate: model {model_id} has the verdict {found['verdict']}")
@@ -84,12 +94,10 @@ class Gate:
                 self._promotion.put(model_id)
             return Judged(model_id, as_text(found), None)
         if known is not None and self._promotion.model == model_id:
-            then = "it was in use all the same, and stays so"
+            then = "it is in use by force, and stays so"
         else:
             in_use = self._promotion.failed(model_id)
-            then = f"in use is {in_use or 'no model'}"
-            if in_use == model_id:
-                then = "no other model passed, so it stays in use"
+            then = "no model is in use" if in_use is None else f"in use is {in_use}"
         error = CalibrationError(
             f"calibrate: model {model_id} failed its calibration "
             f"({self._promotion.failing(model_id)}); {then}; simulate more, train longer, or give "
@@ -127,6 +135,14 @@ class Gate:
                 observed,
                 connect,
             )
+
+    def _failed_with(self, model_id: str) -> int:
+        """Held-out simulations of the calibration that the model failed; 0: it did not."""
+        found = self._promotion.calibration(model_id)
+        try:
+            return int(found["request"]["num_simulations"]) if found["verdict"] == "fail" else 0
+        except (KeyError, TypeError, ValueError):  # none, or one of another version
+            return 0
 
     def _known(
         self, this: Round, model_id: str, options: CalibrateOptions

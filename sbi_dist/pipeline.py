@@ -192,7 +192,9 @@ class Pipeline:
             why = "it is calibrated; `sbi-dist calibrate` replaces it if the new one passes"
             if self.promotion.verdict(model_id) == "fail":
                 why = "the new one failed its calibration"
-            say(f"train: model {self.promotion.model} stays in use: {why}")
+            in_use = self.promotion.model
+            stays = "no model is in use" if in_use is None else f"model {in_use} stays in use"
+            say(f"train: {stays}: {why}")
 
     def calibrate(self, force: bool = False) -> Judged:
         """Check the trained model against held-out simulations, and put it in use if it passes.
@@ -315,16 +317,26 @@ class Pipeline:
         """The model in use and its folder.
 
         Raises:
-            InputError: no model was trained to the end.
+            InputError: none is; says why.
         """
         model_id = self.promotion.model
         if model_id is None:
-            raise InputError(f"{self.store.uri} holds no trained model; run `sbi-dist train` first")
+            raise InputError(f"{self.store.uri} {self.promotion.why_none()}")
         return model_id, self.rounds.model(model_id)
 
-    def infer(self, output: str | None = None) -> tuple[ObjectStore, dict[str, Any]]:
-        """Draw from the posterior of the catalog; the folder of the draws and its manifest."""
-        model_id, model = self.promoted()
+    def _model(self, model_id: str | None) -> tuple[str, ObjectStore]:
+        return self.promoted() if model_id is None else (model_id, self.rounds.model(model_id))
+
+    def infer(
+        self, output: str | None = None, model_id: str | None = None
+    ) -> tuple[ObjectStore, dict[str, Any]]:
+        """Draw from the posterior of the catalog; the folder of the draws and its manifest.
+
+        Args:
+            output: folder of the draws; default: in the experiment's own.
+            model_id: a trained model; default: the one in use.
+        """
+        model_id, model = self._model(model_id)
         posterior = Posterior.from_store(model)
         options, source = self._kept(), self._catalog(posterior)
         target = (
@@ -390,13 +402,13 @@ class Pipeline:
         suffix = "" if chosen == default else f"-{digest(chosen, 6)}"
         return self.store.child(f"posteriors/{catalog.name}{suffix}-{model_id}")
 
-    def drawn(self) -> ObjectStore:
+    def drawn(self, model_id: str | None = None) -> ObjectStore:
         """The folder of the draws that the experiment asks for, or else others of its model.
 
         Raises:
-            InputError: the model in use has no draws.
+            InputError: the model has no draws.
         """
-        model_id, model = self.promoted()
+        model_id, model = self._model(model_id)
         others = [
             name
             for name in self.store.folders("posteriors/")
@@ -447,14 +459,14 @@ class Pipeline:
         np.save(sink, x)
         target.put(PREDICTIVE, sink.getvalue())
 
-    def report(self) -> tuple[ObjectStore, str]:
+    def report(self, model_id: str | None = None) -> tuple[ObjectStore, str]:
         """Write the report page; its folder, and the table of the posterior as text."""
         # Imported here: the other stages draw nothing.
         from sbi_dist.report.gather import Finished, write_report
 
-        model_id, model = self.promoted()
+        model_id, model = self._model(model_id)
         finished = Finished(
-            self.experiment, self.problem, self.store, model_id, model, self.drawn()
+            self.experiment, self.problem, self.store, model_id, model, self.drawn(model_id)
         )
         return write_report(finished)
 
@@ -463,7 +475,7 @@ class Pipeline:
 
         With ``overlap``, training begins on what has landed while simulation goes on. The new
         model is calibrated, unless ``calibrate.enabled`` is off and no calibrated model is in use.
-        One that fails, while another one is in use, is not drawn from.
+        One that fails is drawn from and reported only where no other one is in use.
         """
         if self.rounds.records(self.rounds.current()) is None:
             find_form(self.problem, self.experiment.simulate)
@@ -480,12 +492,12 @@ class Pipeline:
                 records = self._simulated(done, "calibrate")
                 judged = self._gate().judge(done, records, model_id, automatic=True)
             ran = Ran(self.rounds.model(model_id), judged)
-            if self.promotion.model != model_id:
+            if self.promotion.model not in (None, model_id):
                 return ran
             if self.problem.observed is None and self.experiment.infer.observations is None:
                 return ran
-            draws, _ = self.infer()
-            page, table = self.report()
+            draws, _ = self.infer(model_id=model_id)
+            page, table = self.report(model_id)
         return dataclasses.replace(ran, draws=draws, page=page, table=table)
 
     def status(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which model of an experiment is in use, and what its calibration said of it.
 
-``models/promoted.json`` names the model in use, and the one before it. A model that failed its
-calibration is put in use by force alone.
+``models/promoted.json`` names the model in use, and the last one before it that did not fail its
+calibration. A model that failed is put in use by force alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Promotion:
 
     @property
     def former(self) -> str | None:
-        """The one in use before it."""
+        """The one to go back to: the last one in use before it that did not fail."""
         return self._read(FORMER)
 
     def calibration(self, model_id: str) -> dict[str, Any]:
@@ -73,8 +73,9 @@ class Promotion:
     def put(self, model_id: str) -> None:
         """Put a model in use, whatever is known of it."""
         before, former = self.model, self.former
-        former = before if before != model_id else former
-        content = {"model": model_id} | ({} if former is None else {FORMER: former})
+        if before not in (None, model_id) and self.verdict(str(before)) != "fail":
+            former = before
+        content = {"model": model_id} | ({} if former in (None, model_id) else {FORMER: former})
         self._store.put(PROMOTED, json.dumps(content).encode())
 
     def trained(self, model_id: str) -> bool:
@@ -91,13 +92,24 @@ class Promotion:
 
     def failed(self, model_id: str) -> str | None:
         """Take a model that failed out of use; the one that is in use then, if any."""
-        former = self.former
-        if self.model != model_id:
-            return self.model
-        if former is not None and self.verdict(former) in ("pass", "warn"):
-            self.put(former)
-            return former
-        return model_id
+        if self.model == model_id:
+            former = self.former
+            if former is not None and self.verdict(former) != "fail":
+                self.put(former)
+            else:
+                self._store.delete(PROMOTED)
+        return self.model
+
+    def why_none(self) -> str:
+        """Why no model is in use and what to do, as the end of a sentence that names the folder."""
+        failed = [name for name in self._store.folders("models/") if self.verdict(name) == "fail"]
+        if not failed:
+            return "holds no trained model; run `sbi-dist run` or `sbi-dist train` first"
+        return (
+            f"has no model in use: {failed[-1]} failed its calibration "
+            f"({self.failing(failed[-1])}); simulate more, train longer, or put it in use with "
+            f"`sbi-dist promote EXPERIMENT --model {failed[-1]} --force`"
+        )
 
     def choose(self, model_id: str, force: bool) -> str:
         """Put the model of that name in use, or the ``former`` one; its name.

@@ -125,6 +125,9 @@ class _Tasks:
             cell, function = self._flying.pop(reference)
             try:
                 result, error = ray.get(reference)
+            except ray.exceptions.RayTaskError as raised:
+                cause = raised.cause
+                result, error = None, StageError(f"{type(cause).__name__}: {cause}")
             except ray.exceptions.RayError as lost:
                 reason = (str(lost).strip().splitlines() or [type(lost).__name__])[0]
                 result, error = (

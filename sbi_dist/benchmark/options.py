@@ -13,6 +13,8 @@ from sbi_dist.problems.reference import DRAWS, OBSERVATIONS, PROBLEMS, load_refe
 __all__ = ["Asked"]
 
 _LEAST_DRAWS = 100
+# One round: the reference draws are of ten observations, a second round is of one.
+_OWN = ("name", "problem", "simulate.num_simulations", "simulate.rounds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +61,10 @@ class Asked:
                 f"--num-draws is {num_draws}; it must be from {_LEAST_DRAWS} to {DRAWS}"
             )
         for text in overrides:
-            if text.partition("=")[0].strip() in ("name", "problem", "simulate.num_simulations"):
+            if text.partition("=")[0].strip() in _OWN:
                 raise InputError(
-                    f"--set {text!r}: the benchmark sets name, problem and "
-                    "simulate.num_simulations itself; choose with TASK and --sizes"
+                    f"--set {text!r}: the benchmark sets {', '.join(_OWN)} itself; choose with "
+                    "TASK and --sizes"
                 )
         # One worker, in the process of the cell: cells run side by side.
         given = (*overrides, "train.workers=0")

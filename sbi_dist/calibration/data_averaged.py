@@ -3,25 +3,22 @@
 Talts et al. 2018, arXiv:1804.06788, equation 1. Draws of different rows are independent, one draw
 and the truth of its row are not: both know the same x. But they are exchangeable, so the test
 swaps them, within any rows, and sees whether the two distributions differ less. That keeps their
-dependence, where a two-sample test for independent samples would hardly ever reject. All
-parameters are swapped together, so their number is corrected for exactly (Westfall and Young 1993).
+dependence, where a two-sample test for independent samples would hardly ever reject.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from sbi_dist.calibration.finding import Finding, Part
+from sbi_dist.calibration.swaps import SWAPS, signs
 from sbi_dist.calibration.table import Ranks
 
 __all__ = ["data_averaged"]
 
-_SWAPS, _LEVELS = 4999, 31
-# Floats of swaps at once.
-_AT_ONCE = 2**23
+_LEVELS = 31
 # Of distribution functions, as for limits of a parameter.
 _DIFFERENT = 0.05
 
@@ -41,30 +38,14 @@ def data_averaged(ranks: Ranks, names: Sequence[str], seed: int = 0) -> Finding:
     # Swaps change signs alone. In sd of their sums, extreme levels count as much as middle ones.
     sd = np.sqrt(np.maximum(np.abs(flat).sum(axis=0), 1.0))
     seen = np.abs(flat.sum(axis=0) / sd).reshape(size, _LEVELS).max(axis=1)
-    swapped = np.concatenate(
-        [np.abs(signs @ flat / sd).max(axis=1) for signs in _signs(rows, seed)]
-    )
+    swapped = np.concatenate([np.abs(each @ flat / sd).max(axis=1) for each in signs(rows, seed)])
     # Sums are whole numbers, exact in float32; their quotients are alike where the sums are.
     larger = (swapped[:, None] >= seen * (1 - 1e-6)).sum(axis=0)
     distance = np.abs(flat.sum(axis=0)).reshape(size, _LEVELS).max(axis=1) / rows
     return Finding(
         "data_averaged",
         [
-            Part(name, float(d), float((1 + n) / (1 + _SWAPS)), "average", float(d), _DIFFERENT)
+            Part(name, float(d), float((1 + n) / (1 + SWAPS)), "average", float(d), _DIFFERENT)
             for name, d, n in zip(names, distance, larger, strict=True)
         ],
     )
-
-
-def _signs(rows: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks of +-1, 4,999 rows in all, of ``rows`` columns: a block in memory at a time."""
-    block = max(1, min(_SWAPS, _AT_ONCE // rows))
-    for first in range(0, _SWAPS, block):
-        yield _draw(seed, first, min(block, _SWAPS - first), rows)
-
-
-@functools.lru_cache(1)
-def _draw(seed: int, first: int, count: int, rows: int) -> np.ndarray:
-    rng = np.random.default_rng([seed, first])
-    bits = np.unpackbits(np.frombuffer(rng.bytes(-(-count * rows // 8)), np.uint8))
-    return (2.0 * bits[: count * rows].reshape(count, rows) - 1.0).astype(np.float32)

@@ -25,7 +25,12 @@ class CalibrateOptions(Options):
         le=10**7,
     )
     num_draws: int = option(1000, "posterior draws for each held-out simulation", ge=99, le=100_000)
-    seed: int = option(0, "seed of the held-out simulations, the draws and the tests", ge=0)
+    seed: int = option(
+        0,
+        "seed of the held-out simulations, the draws and the tests",
+        ge=0,
+        le=2**63 - 1 - 10**7,  # a simulation's draws have the seed plus its number
+    )
     actors: int | None = option(
         None,
         "actors that draw; default: as many as the cluster has room for",

@@ -36,7 +36,7 @@ from sbi_dist.experiment import digest
 from sbi_dist.posterior.observation import as_observations
 from sbi_dist.posterior.posterior import Posterior
 from sbi_dist.problem import Problem
-from sbi_dist.progress import Progress
+from sbi_dist.progress import Progress, say
 from sbi_dist.promotion import CALIBRATION
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.simulation.driver import simulate
@@ -65,7 +65,9 @@ def _connected() -> None:
 
 def _held_out_options(options: CalibrateOptions, simulating: SimulateOptions) -> HeldOutOptions:
     given = HeldOutOptions(**dataclasses.asdict(simulating))
-    return dataclasses.replace(given, max_seconds=None, seed=options.seed)
+    return dataclasses.replace(
+        given, num_simulations=options.count(), max_seconds=None, seed=options.seed
+    )
 
 
 def held_out_name(problem: Problem, options: CalibrateOptions, simulating: SimulateOptions) -> str:
@@ -96,7 +98,7 @@ def held_out_simulations(
     records = Dataset(store).complete(count)
     if records is None:
         connect()
-        given = dataclasses.replace(_held_out_options(options, simulating), num_simulations=count)
+        given = _held_out_options(options, simulating)
         records = simulate(problem, given, store, labels={**labels, "dataset": name})
     return HeldOut(name, store, records)
 
@@ -200,6 +202,11 @@ def calibrate(
             folder.put(key, json.dumps(note).encode())
         note = json.loads(folder.get(key))
         local = None if note is None else Tested(**note)
+        if local is None:
+            say(
+                f"calibrate: the posterior of the observed data is not tested by itself: that "
+                f"takes {FEWEST_ROWS} held-out simulations with draws, and {_FEWEST} to train on"
+            )
     return _judged(posterior, table, local, held_out, request, target)
 
 

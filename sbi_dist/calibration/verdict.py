@@ -2,7 +2,8 @@
 
 A test **fails** where a deviation is significant *and* its effect reaches the bound: with many
 held-out simulations harmless deviations are significant, with few of them chance effects are
-large. It **warns** where a deviation is significant and smaller, or large and not as sure.
+large. It **warns** where a deviation is significant and smaller, or large and not as sure; that
+of one observation also where the observation is unlike the simulations.
 
 A p-value is significant below 0.01 (to fail) or 0.05 (to warn), divided by the number of tests;
 each test corrects for its parameters itself. So all tests together fail a correct posterior at
@@ -27,7 +28,7 @@ from sbi_dist.calibration.table import STATUSES, Ranks
 from sbi_dist.calibration.tails import tails
 from sbi_dist.calibration.tarp import tarp, tarp_data
 from sbi_dist.calibration.uniformity import band, curve, levels
-from sbi_dist.calibration.wording import SUBJECTS, joined, sentence
+from sbi_dist.calibration.wording import SUBJECTS, is_unlike, joined, sentence
 
 __all__ = ["FAIL_RATE", "WARN_RATE", "curves", "findings", "judge"]
 
@@ -37,7 +38,7 @@ _ORDER = ("pass", "warn", "fail")
 # Share of held-out simulations without draws. They are the hard ones, not random ones, so their
 # share is what coverage may be off by unseen: the bound of over-confidence. And what to mention.
 _FAILED, _SOME_FAILED = 0.05, 0.001
-# An error of coverage that goes unseen, twice the bound: then a pass says too little.
+# Half the width of the band for coverage, twice the bound: then a pass says too little.
 _UNSEEN = 0.1
 
 
@@ -119,6 +120,9 @@ def _judged(found: Finding, alphas: Mapping[str, float], rows: int) -> dict[str,
         verdict = min(verdicts, key=_ORDER.index)
     hit = [part for part, each in zip(found.parts, verdicts, strict=True) if each == verdict]
     worst = max(hit, key=lambda part: part.severity)
+    text = sentence(found.name, verdict, hit, worst, rows)
+    if is_unlike(worst):
+        verdict = _worst([verdict, "warn"])
     p_values = [part.p_value for part in found.parts if part.p_value is not None]
     return {
         "name": found.name,
@@ -128,7 +132,7 @@ def _judged(found: Finding, alphas: Mapping[str, float], rows: int) -> dict[str,
         "effect": _number(worst.effect),
         "threshold": worst.bound,
         "kind": worst.kind,
-        "sentence": sentence(found.name, verdict, hit, worst, rows),
+        "sentence": text,
         "parameters": [
             {
                 **{
@@ -164,29 +168,33 @@ def _held_out(ranks: Ranks, alpha: float) -> dict[str, Any]:
     reasons = joined([f"{n:,} ({name})" for name, n in list(by_status.items())[1:] if n])
     verdict = "pass"
     text = (
-        f"{rows:,} held-out simulations with {ranks.draws:,} draws each; an error of coverage "
-        f"above {unseen:.2g} would be seen."
+        f"{rows:,} held-out simulations with {ranks.draws:,} draws each; coverage that is off by "
+        f"more than {unseen:.2g} in them is significant."
     )
     if unseen > _UNSEEN:
         verdict = "warn"
         text = (
-            f"{rows:,} held-out simulations are few: an error of coverage below {unseen:.2g} "
-            "goes unseen. Take 2,000 or more."
+            f"{rows:,} held-out simulations are few: coverage that is off by less than "
+            f"{unseen:.2g} in them may be chance. Take 2,000 or more."
         )
+    kind, effect, threshold = "few", unseen, _UNSEEN
     if share > 0:
-        verdict = "fail" if share > _FAILED else "warn" if share > _SOME_FAILED else verdict
         text += (
             f" Of {total:,} simulations {total - rows:,} have no finite draws or densities and "
             f"are in no other test: {reasons}."
         )
+    if share > _SOME_FAILED:
+        verdict = "fail" if share > _FAILED else "warn"
+        kind, effect, threshold = "failed", share, _FAILED
+        text += " Check the scale of x and of the parameters, and train on more simulations."
     return {
         "name": "held_out",
         "verdict": verdict,
         "statistic": _number(share),
         "p_value": None,
-        "effect": _number(unseen),
-        "threshold": _UNSEEN,
-        "kind": "failed" if share > _SOME_FAILED else "few",
+        "effect": _number(effect),
+        "threshold": threshold,
+        "kind": kind,
         "sentence": text,
         "parameters": [],
         "statuses": by_status,
@@ -201,8 +209,8 @@ def _summary(verdict: str, tests: Sequence[Mapping[str, Any]], rows: int, draws:
     basis = f"{rows:,} held-out simulations with {draws:,} draws each"
     if verdict == "pass":
         return (
-            f"Calibrated as far as {basis} can tell: errors of coverage above "
-            f"{tests[0]['effect']:.2g} would have been seen."
+            f"Calibrated as far as {basis} can tell: coverage off by more than "
+            f"{tests[0]['effect']:.2g} in them would have been significant."
         )
     # What is said is the test with the largest effect, by its own measure.
     first = max(hit, key=lambda test: (test["effect"] or 0.0) / test["threshold"])
@@ -211,7 +219,8 @@ def _summary(verdict: str, tests: Sequence[Mapping[str, Any]], rows: int, draws:
     also = (
         f" {'Also failing' if verdict == 'fail' else 'Also'}: {joined(others)}." if others else ""
     )
-    return f"{opening}, by {basis}. {first['sentence']}{also}"
+    by = "" if first["name"] == "held_out" else f", by {basis}"
+    return f"{opening}{by}. {first['sentence']}{also}"
 
 
 def _worst(verdicts: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sbi_dist.calibration.finding import Part
 
-__all__ = ["SUBJECTS", "joined", "sentence"]
+__all__ = ["SUBJECTS", "is_unlike", "joined", "sentence"]
 
 # What each test looks at, as the subject of a sentence.
 SUBJECTS = {
@@ -47,9 +47,40 @@ _MEANING = {
         "probability",
         "train on more simulations, take a larger network, or an embedding that fits the data",
     ),
+    # A ball around a point does not tell a posterior's width from its place.
+    "tarp_over": (
+        "true values lie nearer to random points than draws do, or farther, more often than they "
+        "should (by up to {effect:.2g}): the posterior is too narrow, or off to a side",
+        _NARROW,
+    ),
+    "tarp_under": (
+        "true values lie among the draws' distances from random points more often than they should "
+        "(by up to {effect:.2g}): the posterior is too wide",
+        _WIDE,
+    ),
+    "tarp_bias_high": (
+        "true values lie nearer to random points than draws do, by up to {effect:.2g} in "
+        "probability: the posterior is too wide, or off to a side",
+        _WIDE,
+    ),
+    "tarp_bias_low": (
+        "true values lie farther from random points than draws do, by up to {effect:.2g} in "
+        "probability: the posterior is too narrow, or off to a side",
+        _NARROW,
+    ),
+    "tarp_data_over": (
+        "true values lie farther from guesses from the data than draws do, by up to {effect:.2g} "
+        "in probability: the posterior is over-confident, or follows the guesses too closely",
+        _NARROW,
+    ),
+    "tarp_data_under": (
+        "true values lie nearer to guesses from the data than draws do, by up to {effect:.2g} in "
+        "probability: the posterior is too wide, off to a side, or does not use what the data say",
+        _WIDE,
+    ),
     "prior": (
-        "the posterior is {percent:.0f} % wider than the error of a plain regression on the data: "
-        "it does not use what the data say",
+        "draws lie {percent:.0f} % farther from the guesses of a plain regression on the data than "
+        "true values do: the posterior does not use what the data say",
         "check the scale and the embedding of x, take a larger network, and train longer",
     ),
     "prior_alone": (
@@ -80,13 +111,18 @@ _UNLIKE = 0.01
 def sentence(test: str, verdict: str, parts: Sequence[Part], worst: Part, rows: int) -> str:
     """What a test says: of its parts with the test's verdict, of which one is the worst."""
     text = _sentence(test, verdict, parts, worst, rows)
-    unlike = worst.more.get("out_of_distribution_p")
-    if unlike is not None and unlike < _UNLIKE:
+    if is_unlike(worst):
         text += (
-            f" The data are unlike the simulations (p = {unlike:.2g}), so that this says little "
-            "about them: check the data, the prior and the simulator."
+            f" The data are unlike the simulations (p = {worst.more['out_of_distribution_p']:.2g})"
+            ", so that this says little about them: check the data, the prior and the simulator."
         )
     return text
+
+
+def is_unlike(part: Part) -> bool:
+    """Whether the observation that a part is about can hardly be one of the simulator's."""
+    p_value = part.more.get("out_of_distribution_p")
+    return p_value is not None and p_value < _UNLIKE
 
 
 def _sentence(test: str, verdict: str, parts: Sequence[Part], worst: Part, rows: int) -> str:
@@ -97,7 +133,8 @@ def _sentence(test: str, verdict: str, parts: Sequence[Part], worst: Part, rows:
             return f"No sign against the posterior in {subject}."
         return f"{_upper(subject)}: nothing that chance does not explain."
     kind = "prior_alone" if worst.kind == "prior" and worst.p_value is None else worst.kind
-    meaning, advice = _MEANING[kind]
+    own = f"{test}_{kind}"
+    meaning, advice = _MEANING[own if own in _MEANING else kind]
     meaning = meaning.format(
         effect=worst.effect,
         percent=100 * worst.effect,

@@ -305,12 +305,14 @@ class Posterior:
             observations: B names; default: one observation has none, several have numbers.
 
         Raises:
-            InputError: ArviZ is not installed; x does not fit; ``chains`` does not divide
-                ``num_draws``.
+            InputError: ArviZ is not installed; x does not fit; ``num_draws`` is below 1, or
+                ``chains`` does not divide it.
         """
         from sbi_dist.posterior import arviz
 
         arviz.require()
+        if num_draws < 1:
+            raise InputError(f"num_draws is {num_draws}; it must be 1 or more")
         given = self._observation(x, "to_arviz") if x is None else as_observations(x, self.x_shape)
         if observations is None and len(given) > 1:
             observations = [str(number) for number in range(len(given))]

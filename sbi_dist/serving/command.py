@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import logging
 import os
 import random
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.experiment import Experiment
-from sbi_dist.posterior.posterior import PROMOTED
+from sbi_dist.promotion import Promotion
 from sbi_dist.serving.options import ServeOptions
 from sbi_dist.serving.tokens import Tokens
 from sbi_dist.session import connected, require
@@ -138,13 +137,9 @@ def _folder() -> Path:
 
 
 def _require_model(store: ObjectStore) -> None:
-    try:
-        json.loads(store.get(PROMOTED))["model"]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{store.uri} holds no trained model to serve; run `sbi-dist run` or `sbi-dist train` "
-            "first"
-        ) from None
+    promotion = Promotion(store)
+    if promotion.model is None:
+        raise InputError(f"{store.uri} {promotion.why_none()}")
 
 
 def _require_port(options: ServeOptions) -> None:

@@ -104,7 +104,7 @@ LONG, SHORT = ("--set", "train.max_epochs=200"), ("--set", "train.max_epochs=1")
 def test_run_calibrates_by_itself(
     tmp_path: Path, sbi_dist: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """A first model that fails is drawn from all the same; the exit code tells."""
+    """A first model that fails is drawn from, and not put in use; the exit code tells."""
     write_experiment(tmp_path, SQUARED, num_simulations=4000, shard_size=1000)
     given = ("experiment.yaml", "--set", "calibrate.enabled=true", *SHORT)
     store = tmp_path / "runs/experiment"
@@ -112,10 +112,7 @@ def test_run_calibrates_by_itself(
         done = sbi_dist("run", *given)
         assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.count("failed its calibration (") == 1
-        kept = (
-            "no other model passed, so it" if attempt == "first" else "it was in use all the same"
-        )
-        assert kept in done.stderr
+        assert "; no model is in use; " in done.stderr and not (store / PROMOTED).exists()
         assert "posterior draws: " in done.stdout and "\nfail: Not calibrated" in done.stdout
         assert "<strong>Fail.</strong>" in (store / "report/index.html").read_text()
         (path,) = store.glob("calibration/*/calibration.json")
@@ -126,6 +123,12 @@ def test_run_calibrates_by_itself(
         if attempt == "first":
             stored = {each: each.stat().st_mtime_ns for each in path.parent.rglob("*.*")}
     assert {each: each.stat().st_mtime_ns for each in path.parent.rglob("*.*")} == stored
+
+    refused = sbi_dist("infer", *given)
+    assert refused.returncode == 2 and "has no model in use" in refused.stderr
+    # It failed with 1,000, which fewer do not undo.
+    fewer = sbi_dist("calibrate", *given, "--set", "calibrate.num_simulations=999")
+    assert fewer.returncode == 2 and "with 1,000, which weighs more" in fewer.stderr
 
     # Nothing is left to simulate or to draw: no Ray is needed, here one that is not there.
     same = subprocess.run(

@@ -86,6 +86,7 @@ def test_draws_of_the_default_x_and_of_several(posterior) -> None:
     [
         ({"num_draws": 50, "chains": 3}, "chains is 3; it must be 1 or more, and divide 50 draws"),
         ({"chains": 0}, "chains is 0"),
+        ({"num_draws": 0}, "num_draws is 0; it must be 1 or more"),
         ({"observations": ["a", "b"]}, "observations has 2 names; there are 1"),
         ({"x": [1.0, 2.0]}, "x has shape"),
     ],

@@ -17,6 +17,7 @@ from sbi_dist.cli import run_command
         (("two_moons", "--observations", "11"), "--observations is 11; it must be from 1 to 10"),
         (("two_moons", "--num-draws", "10"), "--num-draws is 10; it must be from 100"),
         (("two_moons", "--set", "problem=a:b"), "choose with TASK and --sizes"),
+        (("two_moons", "--set", "simulate.rounds=2"), "the benchmark sets name, problem, "),
         (("two_moons", "--set", "train.bins=1"), "bins is 1; it must be at least 2"),
     ],
 )

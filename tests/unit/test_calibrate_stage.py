@@ -13,11 +13,13 @@ import torch
 from sbi_dist.calibration.held_out import HeldOut
 from sbi_dist.calibration.options import CalibrateOptions
 from sbi_dist.calibration.reference import Regression
-from sbi_dist.calibration.stage import RANKS, calibrate
+from sbi_dist.calibration.stage import RANKS, calibrate, held_out_name
 from sbi_dist.calibration.text import as_text
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.estimation.bundle import save_bundle
+from sbi_dist.problem import load_problem
 from sbi_dist.promotion import Promotion
+from sbi_dist.simulation.options import SimulateOptions
 from sbi_dist.simulation.plan import Shard
 from sbi_dist.simulation.shard import Simulations, encode_shard
 from sbi_dist.store import LocalStore
@@ -77,7 +79,7 @@ def test_one_part(model, tmp_path: Path, rows) -> None:
     assert again["tests"] == found["tests"] and target.get(RANKS) == stored
 
 
-def test_of_the_observed_data(model, tmp_path: Path) -> None:
+def test_of_the_observed_data(model, tmp_path: Path, capsys) -> None:
     """A test by itself, which is kept; it changes nothing in the table."""
     held_out = HeldOut("held", *dataset(tmp_path / "held", 120, {}))
     trained_on = dataset(tmp_path / "trained", 60, {})
@@ -90,6 +92,7 @@ def test_of_the_observed_data(model, tmp_path: Path) -> None:
     table = target.get(RANKS)
     one, other = calibrated([0.1, -0.2, 0.3]), calibrated(np.array([9.0, -9.0, 9.0]))
     assert "local" not in {test["name"] for test in without["tests"]}
+    assert "is not tested by itself" not in capsys.readouterr().err
     local = [next(t for t in each["tests"] if t["name"] == "local") for each in (one, other)]
     assert 1 / 2000 <= local[0]["p_value"] <= 1 and local[0] != local[1]
     # One test more to correct for, and all else as before.
@@ -101,7 +104,7 @@ def test_of_the_observed_data(model, tmp_path: Path) -> None:
         calibrated([0.1, -0.2])
 
 
-def test_of_the_observed_data_where_there_is_too_little(model, tmp_path: Path) -> None:
+def test_of_the_observed_data_where_there_is_too_little(model, tmp_path: Path, capsys) -> None:
     few = HeldOut("few", *dataset(tmp_path / "few", 49, {}))
     held_out = HeldOut("held", *dataset(tmp_path / "held", 120, {}))
     for name, given, rows in (("few", few, 60), ("no regression", held_out, 12)):
@@ -110,6 +113,7 @@ def test_of_the_observed_data_where_there_is_too_little(model, tmp_path: Path) -
             LocalStore(tmp_path / name), observed=[0.0, 0.0, 0.0],
         )  # fmt: skip
         assert "local" not in {test["name"] for test in found["tests"]}
+        assert "is not tested by itself" in capsys.readouterr().err
 
 
 def test_how_many_are_held_out() -> None:
@@ -117,6 +121,18 @@ def test_how_many_are_held_out() -> None:
     counts = [CalibrateOptions().count(rows) for rows in (20, 1000, 4000, 8000, 10**6, None)]
     assert counts == [100, 250, 1000, 2000, 2000, 2000]
     assert CalibrateOptions(num_simulations=300).count(20) == 300
+
+
+def test_held_out_simulations_of_a_budget_of_time() -> None:
+    """Their number is their own, whatever limits those to train on."""
+    problem = load_problem("sbi_dist.problems.gaussian:problem")
+    budget = SimulateOptions(num_simulations=None, max_seconds=60.0)
+    names = {
+        held_out_name(problem, CalibrateOptions(num_simulations=count), options)
+        for count in (100, 5000)
+        for options in (budget, SimulateOptions())
+    }
+    assert len(names) == 1
 
 
 def test_where_every_simulation_failed(model, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from sbi_dist.calibration.reduce import reduce_block
 from sbi_dist.calibration.reference import Regression, Scale
 from sbi_dist.calibration.sbc import sbc
 from sbi_dist.calibration.table import Ranks
+from sbi_dist.calibration.text import as_text
 from sbi_dist.calibration.verdict import judge
 from sbi_dist.calibration.wording import sentence
 
@@ -116,6 +117,12 @@ def test_what_it_says() -> None:
     unlike = dataclasses.replace(part, more={"out_of_distribution_p": 0.001})
     for verdict in ("pass", "fail"):
         assert "unlike the simulations (p = 0.001)" in said(unlike, verdict)
+    # Where the test passes, too, its user hears of it.
+    passed = dataclasses.replace(unlike, p_value=0.5, effect=0.01)
+    found = judge(Halves(5, rows=500).ranks, ["a", "b"], passed)
+    (local,) = [test for test in found["tests"] if test["name"] == "local"]
+    assert local["verdict"] == "warn" and "nothing that chance does not" in local["sentence"]
+    assert "unlike the simulations (p = 0.001)" in as_text(found)
 
 
 def test_an_exact_posterior_is_rejected_as_often_as_is_said() -> None:

@@ -15,6 +15,7 @@ from scipy import stats
 
 from sbi_dist.calibration.reduce import reduce_block
 from sbi_dist.calibration.reference import Regression, Scale
+from sbi_dist.calibration.shrinkage import shrinkage
 from sbi_dist.calibration.table import Ranks, from_arrow, merge, to_arrow
 from sbi_dist.calibration.uniformity import band, curve, levels, p_value
 from sbi_dist.calibration.verdict import curves, judge
@@ -24,28 +25,34 @@ NOISE = np.array([0.3, 1.0])  # sd of x around theta, which has sd 1
 
 
 class Conjugate:
-    """theta ~ N(0, 1), x ~ N(theta, NOISE), and posteriors for x that are exact or wrong."""
+    """theta ~ N(0, 1), x ~ N(theta, NOISE), and posteriors for x that are exact or wrong.
 
-    def __init__(self, rows: int, draws: int, seed: int) -> None:
+    With ``skew`` the parameter is exp(skew theta), of a log-normal prior and posterior.
+    """
+
+    def __init__(self, rows: int, draws: int, seed: int, skew: float = 0.0) -> None:
         self.rng = np.random.default_rng(seed)
-        self.rows, self.count = rows, draws
+        self.rows, self.count, self.skew = rows, draws, skew
         training = self.rng.normal(size=(2000, 2))
-        self.scale = Scale.of(training)
+        self.scale = Scale.of(self.parameter(training))
         seen = training + NOISE * self.rng.normal(size=training.shape)
-        self.regression = Regression.fit(training, seen, seed=0)
+        self.regression = Regression.fit(self.parameter(training), seen, seed=0)
         self.theta = self.rng.normal(size=(rows, 2))
         self.x = self.theta + NOISE * self.rng.normal(size=(rows, 2))
         self.mean, self.sd = self.x / (1 + NOISE**2), NOISE / np.sqrt(1 + NOISE**2)
 
-    def ranks(self, mean: np.ndarray, sd: np.ndarray) -> Ranks:
+    def parameter(self, theta: np.ndarray) -> np.ndarray:
+        return np.exp(self.skew * theta) if self.skew else theta
+
+    def ranks(self, mean: np.ndarray, sd: np.ndarray | float) -> Ranks:
         """Of the posteriors N(mean, sd)."""
         draws = mean[:, None] + sd * self.rng.normal(size=(self.rows, self.count, 2))
         inside = -0.5 * (((draws - mean[:, None]) / sd) ** 2).sum(-1)
         at_theta = -0.5 * (((self.theta - mean) / sd) ** 2).sum(-1)
         guess = self.regression.predict(self.x)
         return reduce_block(
-            np.arange(self.rows), self.theta, draws, inside, at_theta,
-            scale=self.scale, reference=guess,
+            np.arange(self.rows), self.parameter(self.theta), self.parameter(draws), inside,
+            at_theta, scale=self.scale, reference=guess,
         )  # fmt: skip
 
     def exact(self) -> Ranks:
@@ -56,9 +63,14 @@ def verdicts(found: dict[str, Any]) -> dict[str, str]:
     return {test["name"]: test["verdict"] for test in found["tests"]}
 
 
-def kinds(found: dict[str, Any], name: str) -> set[str]:
+def named(found: dict[str, Any], name: str) -> dict[str, Any]:
     (test,) = [test for test in found["tests"] if test["name"] == name]
-    return {part["kind"] for part in test["parameters"] if part["verdict"] == "fail"}
+    return test
+
+
+def kinds(found: dict[str, Any], name: str) -> set[str]:
+    parts = named(found, name)["parameters"]
+    return {part["kind"] for part in parts if part["verdict"] == "fail"}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -83,6 +95,42 @@ def test_a_posterior_that_is_wrong_fails(seed) -> None:
         for test in found["tests"]:
             assert test["sentence"]
         assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_test_catches_what_it_is_for(seed) -> None:
+    problem = Conjugate(1000, 1000, seed)
+    mean, sd = problem.mean, problem.sd
+    lost = mean + 8 * sd * (problem.rng.random((1000, 1)) < 0.02)
+    for name, ranks, kind, said in (
+        ("tails", problem.ranks(lost, sd), "tail", "beyond 5 sd of their posterior"),
+        ("data_averaged", problem.ranks(mean + 0.5 * sd, sd), "average", "differs from the prior"),
+        ("tarp", problem.ranks(mean, 0.6 * sd), "over", "too narrow, or off to a side"),
+        # Which way truths lie from random points depends on the side.
+        ("tarp", problem.ranks(mean + 0.6 * sd, sd), "over or bias_high", "or off to a side"),
+        ("tarp", problem.ranks(mean, 1.6 * sd), "bias_high", "nearer to random points"),
+        ("tarp_data", problem.ranks(mean, 0.8 * sd), "over", "over-confident"),
+        ("tarp_data", problem.ranks(mean + 0.6 * sd, sd), "under", "off to a side"),
+        ("shrinkage", problem.ranks(mean, 1.5 * sd), "prior", "farther from the guesses"),
+    ):
+        found = judge(ranks, NAMES)
+        assert verdicts(found)[name] == "fail", (name, kind)
+        assert kinds(found, name) <= set(kind.split(" or ")), (name, kind)
+        assert said in named(found, name)["sentence"]
+
+
+@pytest.mark.parametrize("skew", [1.0, 2.0])
+def test_long_tails_of_parameters_are_no_fault(skew) -> None:
+    """Of an exact posterior for log-normal parameters."""
+    repetitions, rejected = 100, 0
+    for seed in range(repetitions):
+        problem = Conjugate(300, 99, 500 + seed, skew)
+        found = shrinkage(problem.exact(), NAMES)
+        rejected += min(part.p_value for part in found.parts) < 0.05
+    assert rejected <= stats.binom.ppf(1 - 1e-4, repetitions, 0.05)
+    if skew == 1.0:  # beyond, a regression guesses little more than the mean
+        prior = judge(problem.ranks(np.zeros_like(problem.mean), 1.0), NAMES)
+        assert verdicts(prior)["shrinkage"] == "fail"
 
 
 def test_an_exact_posterior_passes_as_often_as_is_said() -> None:
@@ -175,6 +223,8 @@ def test_rows_without_draws_are_counted() -> None:
     status[::10] = 1
     found = judge(dataclasses.replace(exact, status=status), NAMES)
     assert found["failed"] == 40 and verdicts(found)["held_out"] == "fail"
+    assert named(found, "held_out")["effect"] == pytest.approx(0.1)
+    assert found["summary"].count("360") == 1
     nothing = judge(dataclasses.replace(exact, status=np.ones_like(status)), NAMES)
     assert nothing["verdict"] == "fail" and nothing["held_out"] == nothing["failed"] == 400
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,15 +56,30 @@ def test_one_that_failed_is_replaced_by_any(store) -> None:
     assert promotion.trained("two") and promotion.model == "two"
 
 
-def test_one_that_fails_gives_way_to_one_that_passed(store) -> None:
+def test_one_that_fails_gives_way_to_the_one_before(store) -> None:
     promotion = Promotion(store)
-    promotion.trained("one")
-    assert promotion.failed("one") == "one"  # there is no other
-    promotion.trained("two")
-    assert promotion.failed("two") == "two"  # the other was not checked
+    for model in ("one", "two"):
+        promotion.trained(model)
     assert promotion.failed("three") == "two"
-    judge(store, "one", "pass")
+    judge(store, "two", "fail")
     assert promotion.failed("two") == "one" and promotion.model == "one"
+    judge(store, "one", "fail")
+    assert promotion.failed("one") is None and promotion.model is None
+    save_bundle(store.child("models/one"), made(seed=1), {})
+    assert re.search(r"one failed its calibration \(sbc\).*--force", promotion.why_none())
+    assert not promotion.trained("one") and promotion.model is None
+    assert promotion.trained("three")
+
+
+def test_the_last_one_that_passed_is_never_forgotten(store) -> None:
+    promotion = Promotion(store)
+    for model, verdict in (("good", "pass"), ("bad", "fail")):
+        judge(store, model, verdict)
+        promotion.put(model)  # the second one by force
+    assert promotion.trained("new") and promotion.former == "good"
+    judge(store, "new", "fail")
+    assert promotion.failed("new") == "good" and promotion.model == "good"
+    assert promotion.former is None
 
 
 def test_by_hand_it_takes_force(store) -> None:
