@@ -105,6 +105,7 @@ def render(content: ReportContent, *, max_observations: int = 6) -> dict[str, by
         else wording.recovery_sentence(recovery, content.parameter_names),
         calibrated=calibrated,
         tests=[] if calibration is None else wording.calibration_rows(calibration),
+        shrinkage=[] if calibration is None else wording.shrinkage_rows(calibration),
         calibration_sentences=[]
         if calibration is None
         else wording.calibration_sentences(calibration, content.parameter_names),

@@ -190,6 +190,24 @@ def calibration_rows(calibration: CalibrationFacts) -> list[dict[str, str]]:
     ]
 
 
+def shrinkage_rows(calibration: CalibrationFacts) -> list[dict[str, str]]:
+    """How much each parameter's posterior is narrower than the prior, and its z-scores, as text."""
+    parts = [
+        part
+        for test in calibration.tests
+        if test["name"] == "shrinkage"
+        for part in test.get("parameters", ())
+    ]
+    fields = ("shrinkage", "regression_shrinkage", "z_mean", "z_rms")
+    return [
+        {
+            "name": part["name"],
+            **{field: "" if part.get(field) is None else f"{part[field]:.3f}" for field in fields},
+        }
+        for part in parts
+    ]
+
+
 def calibration_sentences(calibration: CalibrationFacts, names: Sequence[str]) -> list[str]:
     """What is said besides the tests: of the observed data, and of simulations that failed."""
     local = [test["sentence"] for test in calibration.tests if test["name"] == "local"]

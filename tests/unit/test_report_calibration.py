@@ -53,6 +53,9 @@ def test_page_shows_the_calibration(sd, verdict) -> None:
     assert " ".join(found["summary"].split()) in text
     assert "1,000 simulations made for this alone, with 200 posterior draws each" in text
     assert "<b>bold" not in html
+    (part, *_) = next(t for t in found["tests"] if t["name"] == "shrinkage")["parameters"]
+    row = [f"{part[name]:.3f}" for name in ("shrinkage", "z_mean", "z_rms")]
+    assert "".join([part["name"], row[0], *row[1:]]) in "".join(text.split())
     if verdict == "fail":  # what is wrong comes first
         assert found["tests"][0]["verdict"] == "pass"
         assert html.rindex("<td>fail</td>") < html.index("<td>pass</td>")
