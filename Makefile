@@ -30,7 +30,7 @@ test: $(VENV)/.test $(VENV)/.policy
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/unit tests/manifests -n auto
 	@# Whole files, two at a time, as each starts servers or a Ray of its own. Those of the services
 	@# come first: they must not find themselves connected to the Ray that those after them share.
-	$(VENV)/bin/python -m pytest tests/services tests/ray tests/gpu \
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/services tests/ray tests/gpu \
 	    -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test

@@ -16,7 +16,7 @@ from tests.ray.conftest import Run, command, environment, titled, wait_until
 # or long after.
 QUICK = (
     "benchmark", "two_moons", "gaussian_mixture", "--sizes", "400", "--observations", "6",
-    "--num-draws", "500", "--store", "runs", "--set", "train.hidden_features=16",
+    "--num-draws", "150", "--store", "runs", "--set", "train.hidden_features=16",
     "--set", "train.transforms=3", "--set", "train.max_epochs=20",
 )  # fmt: skip
 

@@ -189,6 +189,6 @@ def test_only_a_model_that_passes_replaces_one_that_passed(
     assert promoted() == bad
     forced = run("run", *SHORT, "--set", "calibrate.enabled=true")
     assert forced.returncode == 3 and promoted() == bad  # who forced it wants it
-    assert "it was in use all the same, and stays so" in forced.stderr
+    assert "it is in use by force, and stays so" in forced.stderr
     assert run("calibrate", *SHORT).returncode == 3
     assert promoted() == good  # the one before it, which passed
