@@ -37,13 +37,12 @@ CORE = [
         ("NetworkPolicy", "store"),
         ("StatefulSet", "redis"),
         ("Service", "redis"),
-        ("PodDisruptionBudget", "heads"),
         ("ResourceQuota", "sbi-dist"),
         ("LimitRange", "sbi-dist"),
         ("PriorityClass", "sbi-dist-simulator"),
         ("ServiceAccount", "sbi-dist-head"),
     )
-]
+] + [("overlays/cpu/service", "PodDisruptionBudget", "servers")]
 Path = tuple[str | int, ...]
 
 

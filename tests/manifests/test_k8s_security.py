@@ -372,15 +372,49 @@ def total(spec: dict[str, Any], name: str) -> float:
     return sum(quantity(each["resources"]["requests"].get(name, 0)) for each in spec["containers"])
 
 
+def stops_drains(budget: dict[str, Any], least: int) -> bool:
+    """Whether a budget of pods of KubeRay's, of which there are so many, allows no eviction.
+
+    Their owner has no scale that Kubernetes could read. It then allows none, except by a number
+    that has to stay (https://kubernetes.io/docs/tasks/run-application/configure-pdb/).
+    """
+    number = budget.get("minAvailable")
+    return "maxUnavailable" in budget or type(number) is not int or number >= least
+
+
+@pytest.mark.parametrize(
+    ("budget", "least", "expected"),
+    [
+        ({"minAvailable": 1}, 2, False),
+        ({"minAvailable": 1}, 1, True),
+        ({"minAvailable": "50%"}, 2, True),
+        ({"maxUnavailable": 1}, 2, True),
+        ({"maxUnavailable": "50%"}, 2, True),
+        ({}, 2, True),
+    ],
+)
+def test_a_budget_that_stops_drains_is_found(
+    budget: dict[str, Any], least: int, expected: bool
+) -> None:
+    assert stops_drains(budget, least) is expected
+
+
 @pytest.mark.parametrize("target", NAMESPACED)
-def test_every_long_lived_role_has_a_budget(target: str) -> None:
+def test_budgets_let_nodes_be_drained(target: str) -> None:
+    least = {
+        group["template"]["metadata"]["labels"]["sbi-dist.io/role"]: group.get("minReplicas", 1)
+        for resource in resources(target)
+        for spec in clusters(resource)
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    }
     budgets = {
         each["spec"]["selector"]["matchLabels"]["sbi-dist.io/role"]: each["spec"]
         for each in of_kind(target, "PodDisruptionBudget")
     }
-    assert {"head", "trainer"} <= budgets.keys()
-    assert ("server" in budgets) == bool(of_kind(target, "RayService"))
-    assert all(each["maxUnavailable"] == 1 for each in budgets.values())
+    stopping = [role for role, each in budgets.items() if stops_drains(each, least[role])]
+    assert stopping == []
+    # A service of several servers never loses all at once.
+    assert ("server" in budgets) == (least.get("server", 0) > 1)
 
 
 def test_priorities_are_in_order() -> None:
