@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ from ray.serve.schema import ServeDeploySchema
 from sbi_dist.experiment import Experiment, load_experiment
 from sbi_dist.serving.command import environment
 from sbi_dist.serving.deployment import build
-from tests.manifests.pods import clusters, quantity
-from tests.manifests.rendered import K8S, distinct, find, identity, of_kind, resources
+from tests.manifests.pods import clusters, pods, quantity
+from tests.manifests.rendered import K8S, Resource, distinct, find, identity, of_kind, resources
 from tests.monitoring import DASHBOARDS, RULES
 
 SIZES = ("local", "cpu", "gpu")
@@ -74,6 +75,61 @@ def test_jobs_run_their_stage(target: str, tmp_path: Path) -> None:
             for each in pod["spec"]["containers"]
         }  # fmt: skip
         assert len(images) == 1
+
+
+# What the kustomizations of the jobs say to apply before them.
+BEFORE = {
+    **{f"overlays/{size}/jobs": [f"overlays/{size}/cluster"] for size in SIZES},
+    "overlays/kueue/jobs": ["overlays/gpu/cluster", "overlays/kueue/queues"],
+}
+
+
+def applied(target: str, stage: str) -> list[Resource]:
+    """What the command of a target's kustomization takes, for a stage in place of `run`."""
+    text = (K8S / target / "kustomization.yaml").read_text()
+    ((key, values),) = re.findall(rf"kubectl apply -k k8s/{target} -l '(\S+) in \(([^)]+)\)'", text)
+    among = {stage if each == "run" else each for each in values.split(", ")}
+    return [
+        each for each in resources(target) if each["metadata"].get("labels", {}).get(key) in among
+    ]
+
+
+def needs(resource: Resource) -> set[str]:
+    """Other resources that it names, as "Kind name"."""
+    found = set()
+    for pod in pods(resource).values():
+        spec = pod["spec"]
+        found |= {f"ServiceAccount {spec['serviceAccountName']}"}
+        found |= {f"PriorityClass {spec['priorityClassName']}"}
+        maps = re.findall(r"'configMap(?:Ref)?': {[^{}]*'name': '([^']+)'", str(spec))
+        found |= {f"ConfigMap {name}" for name in maps if name != "kube-root-ca.crt"}
+    labels = resource["metadata"].get("labels", {})
+    for key, kind in (("queue-name", "LocalQueue"), ("priority-class", "WorkloadPriorityClass")):
+        if f"kueue.x-k8s.io/{key}" in labels:
+            found.add(f"{kind} {labels[f'kueue.x-k8s.io/{key}']}")
+    if resource["kind"] == "LocalQueue":
+        found.add(f"ClusterQueue {resource['spec']['clusterQueue']}")
+    return found
+
+
+@pytest.mark.parametrize("target", BEFORE)
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_applied_for_a_job_is_all_that_it_needs(target: str, stage: str) -> None:
+    taken = applied(target, stage)
+    assert [identity(each) for each in taken if each["kind"] == "RayJob"] == [
+        f"RayJob sbi-dist-{stage}"
+    ]
+    # ConfigMaps have other names there before a change.
+    there = {
+        identity(each)
+        for before in BEFORE[target]
+        for each in resources(before)
+        if each["kind"] != "ConfigMap"
+    }
+    there |= {identity(each) for each in taken}
+    assert {name for each in taken for name in needs(each)} <= there
+    kinds = {each["kind"] for each in taken} - {"LocalQueue"}
+    assert kinds == {"RayJob", "ConfigMap"}  # and no cluster
 
 
 @pytest.mark.parametrize("stage", STAGES)
