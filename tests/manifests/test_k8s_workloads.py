@@ -176,6 +176,56 @@ def test_stages_find_room_when_they_begin(size: str, tmp_path: Path) -> None:
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
+# Of kind's control plane with CoreDNS and its network, and KubeRay's operator: 950m and 100m CPU,
+# 290Mi and 512Mi of memory.
+OTHERS = {"cpu": 1.05, "memory": 802 * 2**20}
+
+
+def requested(resource: Resource, name: str) -> float:
+    """What its pods ask for at least, with the submitter of a job."""
+    size = {"head": 1.0, "submitter": 1.0, "pod": float(resource["spec"].get("replicas", 1))}
+    for spec in clusters(resource):
+        size |= {group: float(each["minReplicas"]) for group, each in groups(spec).items()}
+    return sum(
+        size.get(what.rpartition(" ")[2], 0.0)  # not of the job that cleans Redis at the end
+        * quantity(each["resources"]["requests"][name])
+        for what, pod in pods(resource).items()
+        for each in pod["spec"]["containers"]
+    )
+
+
+def test_one_machine_holds_the_local_overlay() -> None:
+    text = (K8S / "overlays/local/cluster/kustomization.yaml").read_text()
+    ((cpus, gigabytes),) = re.findall(r"(\d+) CPUs and (\d+) GB", text)
+    machine = {"cpu": int(cpus), "memory": int(gigabytes) * 1e9}
+    kinds = ("RayCluster", "StatefulSet")
+    for name, there in machine.items():
+        standing = sum(requested(each, name) for each in of_kind("overlays/local/cluster", *kinds))
+        (service,) = of_kind("overlays/local/service", "RayService")
+        for beside in (*of_kind("overlays/local/jobs", "RayJob"), service):
+            most = OTHERS[name] + standing + requested(beside, name)
+            assert most <= there, (identity(beside), name, most)
+    # As many as the README says.
+    assert f"{cpus} CPUs and {gigabytes} GB" in (K8S.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "target", ["overlays/cpu/jobs", "overlays/gpu/jobs", "overlays/kueue/jobs"]
+)
+def test_training_does_not_fit_a_simulator(target: str, tmp_path: Path) -> None:
+    """Which may be on a spot machine, and Ray goes by room alone."""
+    options = experiment(target, tmp_path).train
+    asked = {"cpu": options.cpus_per_worker or 1, "nvidia.com/gpu": options.gpus_per_worker or 0}
+    # One for each GPU, where the number of workers is left to what the cluster has.
+    if target == "overlays/kueue/jobs":
+        assert (options.workers, options.gpus_per_worker) == ("auto", None)
+        asked["nvidia.com/gpu"] = 1
+    for resource in of_kind(target, "RayCluster", "RayJob"):
+        for spec in clusters(resource):
+            simulator = groups(spec)["simulator"]
+            assert any(room(simulator, name) < amount for name, amount in asked.items())
+
+
 def test_groups_scale_between_their_bounds() -> None:
     for _, resource in distinct():
         for spec in clusters(resource):
