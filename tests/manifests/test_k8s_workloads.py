@@ -65,7 +65,7 @@ def test_jobs_run_their_stage(target: str, tmp_path: Path) -> None:
         assert job["metadata"]["name"] == f"sbi-dist-{stage}"
         program, command, file = spec["entrypoint"].split()
         assert (program, command, file) == ("sbi-dist", stage, "/etc/sbi_dist/experiment.yaml")
-        # `sbi-dist jobs list` shows what has a version; an overlay may change the experiment's name.
+        # `sbi-dist jobs list` shows what has a version. The experiment may get another name.
         version = metadata.version("sbi_dist")
         assert spec["metadata"] == {"sbi_dist": version, "stage": stage}
         # What is finished is in the store: the cluster may go, and the job be repeated.
