@@ -20,7 +20,7 @@ FREE = {"labels", "annotations", "rayStartParams", "requests", "limits", "matchL
         "default", "defaultRequest", "max", "min", "hard", "nodeLabels", "selector"}  # fmt: skip
 
 RAY = [
-    ("overlays/gpu/cluster", "RayCluster", "sbi-dist"),
+    ("overlays/gpu/cluster", "RayCluster", "interactive"),
     ("overlays/kueue/jobs", "RayJob", "sbi-dist-train"),
     ("overlays/cpu/service", "RayService", "sbi-dist"),
 ]
@@ -37,13 +37,12 @@ CORE = [
         ("NetworkPolicy", "store"),
         ("StatefulSet", "redis"),
         ("Service", "redis"),
-        ("PodDisruptionBudget", "heads"),
         ("ResourceQuota", "sbi-dist"),
         ("LimitRange", "sbi-dist"),
         ("PriorityClass", "sbi-dist-simulator"),
         ("ServiceAccount", "sbi-dist-head"),
     )
-]
+] + [("overlays/cpu/service", "PodDisruptionBudget", "servers")]
 Path = tuple[str | int, ...]
 
 
@@ -147,7 +146,7 @@ def test_kubernetes_schemas_find_it(
 
 # ---- enumerations, ranges and rules ----
 
-CLUSTER = ("overlays/local/cluster", "RayCluster", "sbi-dist")
+CLUSTER = ("overlays/local/cluster", "RayCluster", "interactive")
 JOB = ("overlays/cpu/jobs", "RayJob", "sbi-dist-run")
 SUSPENDED, SERVICE = RAY[1:]
 GONE = object()

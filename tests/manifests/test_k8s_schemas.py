@@ -67,7 +67,8 @@ def test_what_there_is() -> None:
                  for part in ("cluster", "jobs", "service")}  # fmt: skip
         assert "RayCluster" in kinds["cluster"]
         assert kinds["jobs"] - kinds["cluster"] == {"RayJob"}
-        assert kinds["service"] - kinds["cluster"] == {"RayService"}
+        budget = {"PodDisruptionBudget"} if size != "local" else set()
+        assert kinds["service"] - kinds["cluster"] == {"RayService", *budget}
         stages = {
             each["metadata"]["labels"]["sbi-dist.io/stage"]
             for each in of_kind(f"overlays/{size}/jobs", "RayJob")
@@ -107,6 +108,28 @@ def test_config_maps_that_are_named_are_there(target: str) -> None:
         for what, pod in pods(resource).items():
             named = set(re.findall(r"'configMap(?:Ref)?': {[^{}]*'name': '([^']+)'", str(pod)))
             assert named - {"kube-root-ca.crt"} <= there, what
+
+
+def made(resource: Resource) -> list[str]:
+    """The names of the Services that are made of a resource.
+
+    Of GenerateHeadServiceName and BuildServeService. The clusters of jobs and services have random
+    letters at the end of theirs.
+    """
+    name = resource["metadata"]["name"]
+    suffixes = {
+        "Service": [""],
+        "RayCluster": ["-head-svc"],
+        "RayService": ["-head-svc", "-serve-svc"],
+    }
+    return [name + suffix for suffix in suffixes.get(resource["kind"], ())]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_service_is_two_resources(target: str) -> None:
+    """The operator would point it at the one's pods and leave the other's without."""
+    names = [name for each in resources(target) for name in made(each)]
+    assert len(set(names)) == len(names)
 
 
 def test_an_experiment_that_changes_is_a_new_cluster(tmp_path: Path) -> None:

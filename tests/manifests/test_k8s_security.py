@@ -9,9 +9,11 @@ import re
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.manifests.pods import clusters, pods, quantity
-from tests.manifests.rendered import TARGETS, distinct, find, identity, of_kind, resources
+from tests.manifests.rendered import K8S, TARGETS, distinct, find, identity, of_kind, resources
+from tests.manifests.test_k8s_schemas import VERSIONS, validate
 
 NAMESPACED = [target for target in TARGETS if target != "overlays/kueue/queues"]
 PODS = {f"{target} {what}": pod for target, each in distinct() for what, pod in pods(each).items()}
@@ -191,6 +193,8 @@ def test_ray_asks_for_tokens() -> None:
 RAY = ("head", "simulator", "trainer", "server")
 WORKERS = RAY[1:]
 KUBERAY, PROMETHEUS, DNS = "kuberay-system/kuberay-operator", "monitoring/prometheus", "dns"
+# Of nodes, by link-local addresses: NodeLocal DNSCache, GKE's Cloud DNS, EKS Pod Identity's agent.
+RESOLVERS, AGENT = ("169.254.20.10/32", "169.254.169.254/32"), "169.254.170.23/32"
 # Who may go where: (from, to) and the ports. All else is denied.
 EDGES: dict[tuple[str, str], set[str]] = {
     ("submitter", "head"): {"8265"},
@@ -238,18 +242,22 @@ def selects(selector: dict[str, Any], role: str) -> bool:
 
 def peers(peer: dict[str, Any]) -> list[str]:
     if "ipBlock" in peer:
+        block = peer["ipBlock"]
         # Not the address that a cloud's machine asks for its own credentials.
-        assert "169.254.0.0/16" in peer["ipBlock"]["except"]
-        return [peer["ipBlock"]["cidr"]]
+        assert block["cidr"] in (*RESOLVERS, AGENT) or "169.254.0.0/16" in block["except"]
+        return [block["cidr"]]
     if "namespaceSelector" in peer:
         namespace = peer["namespaceSelector"]["matchLabels"]
         if namespace == {"sbi-dist.io/client": "true"}:
             return ["namespace of clients"]
         name = namespace["kubernetes.io/metadata.name"]
-        pod = peer["podSelector"]["matchLabels"]
-        return [DNS] if pod == {"k8s-app": "kube-dns"} and name == "kube-system" else [
-            f"{name}/{pod['app.kubernetes.io/name']}"
-        ]  # fmt: skip
+        pod = peer["podSelector"]
+        if name == "kube-system":
+            (expression,) = pod["matchExpressions"]
+            assert (expression["key"], expression["operator"]) == ("k8s-app", "In")
+            assert expression["values"] == ["kube-dns", "node-local-dns"]
+            return [DNS]
+        return [f"{name}/{pod['matchLabels']['app.kubernetes.io/name']}"]
     return [role for role in ROLES if selects(peer["podSelector"], role)]
 
 
@@ -287,10 +295,28 @@ def test_just_these_ways_are_open(target: str) -> None:
     ours = (*RAY, "submitter", "client")
     outgoing = {pair: ports for pair, ports in incoming.items() if pair[0] in ours}
     outgoing |= {("head", "redis"): {"6379"}}
-    outgoing |= {(role, DNS): {"53", "53/UDP"} for role in ROLES}
+    resolvers = itertools.product(ROLES, (DNS, *RESOLVERS))
+    outgoing |= {pair: {"53", "53/UDP"} for pair in resolvers}
     outgoing |= {(role, "0.0.0.0/0"): {"443"} for role in RAY}
+    outgoing |= {(role, AGENT): {"80"} for role in RAY}
     outgoing["head", "0.0.0.0/0"] = {"443", "6443"}
     assert edges(policies, "egress") == outgoing
+
+
+def test_the_example_of_a_policy_can_be_used() -> None:
+    """It opens ways out of Ray's pods, and its file is where the kustomization says."""
+    folder = K8S / "base/network"
+    assert "# - yours.yaml " in (folder / "kustomization.yaml").read_text()
+    policies = list(yaml.safe_load_all((folder / "yours.yaml").read_text()))
+    names = {each["metadata"]["name"] for each in of_kind("base", "NetworkPolicy")}
+    assert names.isdisjoint(each["metadata"]["name"] for each in policies)
+    for each in policies:
+        validate(each, VERSIONS[0])
+        assert each["spec"].keys() == {"podSelector", "policyTypes", "egress"}
+        assert any(selects(each["spec"]["podSelector"], role) for role in RAY)
+        for rule in each["spec"]["egress"]:
+            assert rule["to"] and rule["ports"]
+            assert "169.254" not in str(rule)
 
 
 def test_policies_name_the_ports_that_ray_takes() -> None:
@@ -372,15 +398,49 @@ def total(spec: dict[str, Any], name: str) -> float:
     return sum(quantity(each["resources"]["requests"].get(name, 0)) for each in spec["containers"])
 
 
+def stops_drains(budget: dict[str, Any], least: int) -> bool:
+    """Whether a budget of pods of KubeRay's, of which there are so many, allows no eviction.
+
+    Their owner has no scale that Kubernetes could read. It then allows none, except by a number
+    that has to stay (https://kubernetes.io/docs/tasks/run-application/configure-pdb/).
+    """
+    number = budget.get("minAvailable")
+    return "maxUnavailable" in budget or type(number) is not int or number >= least
+
+
+@pytest.mark.parametrize(
+    ("budget", "least", "expected"),
+    [
+        ({"minAvailable": 1}, 2, False),
+        ({"minAvailable": 1}, 1, True),
+        ({"minAvailable": "50%"}, 2, True),
+        ({"maxUnavailable": 1}, 2, True),
+        ({"maxUnavailable": "50%"}, 2, True),
+        ({}, 2, True),
+    ],
+)
+def test_a_budget_that_stops_drains_is_found(
+    budget: dict[str, Any], least: int, expected: bool
+) -> None:
+    assert stops_drains(budget, least) is expected
+
+
 @pytest.mark.parametrize("target", NAMESPACED)
-def test_every_long_lived_role_has_a_budget(target: str) -> None:
+def test_budgets_let_nodes_be_drained(target: str) -> None:
+    least = {
+        group["template"]["metadata"]["labels"]["sbi-dist.io/role"]: group.get("minReplicas", 1)
+        for resource in resources(target)
+        for spec in clusters(resource)
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    }
     budgets = {
         each["spec"]["selector"]["matchLabels"]["sbi-dist.io/role"]: each["spec"]
         for each in of_kind(target, "PodDisruptionBudget")
     }
-    assert {"head", "trainer"} <= budgets.keys()
-    assert ("server" in budgets) == bool(of_kind(target, "RayService"))
-    assert all(each["maxUnavailable"] == 1 for each in budgets.values())
+    stopping = [role for role, each in budgets.items() if stops_drains(each, least[role])]
+    assert stopping == []
+    # A service of several servers never loses all at once.
+    assert ("server" in budgets) == (least.get("server", 0) > 1)
 
 
 def test_priorities_are_in_order() -> None:

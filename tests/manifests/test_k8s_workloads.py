@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from ray.serve.schema import ServeDeploySchema
 from sbi_dist.experiment import Experiment, load_experiment
 from sbi_dist.serving.command import environment
 from sbi_dist.serving.deployment import build
-from tests.manifests.pods import clusters, quantity
-from tests.manifests.rendered import K8S, distinct, find, identity, of_kind, resources
+from tests.manifests.pods import clusters, pods, quantity
+from tests.manifests.rendered import K8S, Resource, distinct, find, identity, of_kind, resources
 from tests.monitoring import DASHBOARDS, RULES
 
 SIZES = ("local", "cpu", "gpu")
@@ -63,6 +65,9 @@ def test_jobs_run_their_stage(target: str, tmp_path: Path) -> None:
         assert job["metadata"]["name"] == f"sbi-dist-{stage}"
         program, command, file = spec["entrypoint"].split()
         assert (program, command, file) == ("sbi-dist", stage, "/etc/sbi_dist/experiment.yaml")
+        # `sbi-dist jobs list` shows what has a version. The experiment may get another name.
+        version = metadata.version("sbi_dist")
+        assert spec["metadata"] == {"sbi_dist": version, "stage": stage}
         # What is finished is in the store: the cluster may go, and the job be repeated.
         assert spec["shutdownAfterJobFinishes"] and spec["ttlSecondsAfterFinished"] > 0
         assert spec["activeDeadlineSeconds"] > 0 and spec["submissionMode"] == "K8sJobMode"
@@ -73,7 +78,63 @@ def test_jobs_run_their_stage(target: str, tmp_path: Path) -> None:
                                       spec["rayClusterSpec"]["headGroupSpec"]["template"])
             for each in pod["spec"]["containers"]
         }  # fmt: skip
-        assert len(images) == 1
+        (image,) = images
+        assert image.endswith(f"sbi-dist:{version}")
+
+
+# What the kustomizations of the jobs say to apply before them.
+BEFORE = {
+    **{f"overlays/{size}/jobs": [f"overlays/{size}/cluster"] for size in SIZES},
+    "overlays/kueue/jobs": ["overlays/gpu/cluster", "overlays/kueue/queues"],
+}
+
+
+def applied(target: str, stage: str) -> list[Resource]:
+    """What the command of a target's kustomization takes, for a stage in place of `run`."""
+    text = (K8S / target / "kustomization.yaml").read_text()
+    ((key, values),) = re.findall(rf"kubectl apply -k k8s/{target} -l '(\S+) in \(([^)]+)\)'", text)
+    among = {stage if each == "run" else each for each in values.split(", ")}
+    return [
+        each for each in resources(target) if each["metadata"].get("labels", {}).get(key) in among
+    ]
+
+
+def needs(resource: Resource) -> set[str]:
+    """Other resources that it names, as "Kind name"."""
+    found = set()
+    for pod in pods(resource).values():
+        spec = pod["spec"]
+        found |= {f"ServiceAccount {spec['serviceAccountName']}"}
+        found |= {f"PriorityClass {spec['priorityClassName']}"}
+        maps = re.findall(r"'configMap(?:Ref)?': {[^{}]*'name': '([^']+)'", str(spec))
+        found |= {f"ConfigMap {name}" for name in maps if name != "kube-root-ca.crt"}
+    labels = resource["metadata"].get("labels", {})
+    for key, kind in (("queue-name", "LocalQueue"), ("priority-class", "WorkloadPriorityClass")):
+        if f"kueue.x-k8s.io/{key}" in labels:
+            found.add(f"{kind} {labels[f'kueue.x-k8s.io/{key}']}")
+    if resource["kind"] == "LocalQueue":
+        found.add(f"ClusterQueue {resource['spec']['clusterQueue']}")
+    return found
+
+
+@pytest.mark.parametrize("target", BEFORE)
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_applied_for_a_job_is_all_that_it_needs(target: str, stage: str) -> None:
+    taken = applied(target, stage)
+    assert [identity(each) for each in taken if each["kind"] == "RayJob"] == [
+        f"RayJob sbi-dist-{stage}"
+    ]
+    # ConfigMaps have other names there before a change.
+    there = {
+        identity(each)
+        for before in BEFORE[target]
+        for each in resources(before)
+        if each["kind"] != "ConfigMap"
+    }
+    there |= {identity(each) for each in taken}
+    assert {name for each in taken for name in needs(each)} <= there
+    kinds = {each["kind"] for each in taken} - {"LocalQueue"}
+    assert kinds == {"RayJob", "ConfigMap"}  # and no cluster
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -118,6 +179,56 @@ def test_stages_find_room_when_they_begin(size: str, tmp_path: Path) -> None:
             assert gpus == (1 if size == "gpu" else 0) == (options.train.gpus_per_worker or 0)
         # The control plane has no CPUs to schedule on.
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+# Of kind's control plane with CoreDNS and its network, and KubeRay's operator: 950m and 100m CPU,
+# 290Mi and 512Mi of memory.
+OTHERS = {"cpu": 1.05, "memory": 802 * 2**20}
+
+
+def requested(resource: Resource, name: str) -> float:
+    """What its pods ask for at least, with the submitter of a job."""
+    size = {"head": 1.0, "submitter": 1.0, "pod": float(resource["spec"].get("replicas", 1))}
+    for spec in clusters(resource):
+        size |= {group: float(each["minReplicas"]) for group, each in groups(spec).items()}
+    return sum(
+        size.get(what.rpartition(" ")[2], 0.0)  # not of the job that cleans Redis at the end
+        * quantity(each["resources"]["requests"][name])
+        for what, pod in pods(resource).items()
+        for each in pod["spec"]["containers"]
+    )
+
+
+def test_one_machine_holds_the_local_overlay() -> None:
+    text = (K8S / "overlays/local/cluster/kustomization.yaml").read_text()
+    ((cpus, gigabytes),) = re.findall(r"(\d+) CPUs and (\d+) GB", text)
+    machine = {"cpu": int(cpus), "memory": int(gigabytes) * 1e9}
+    kinds = ("RayCluster", "StatefulSet")
+    for name, there in machine.items():
+        standing = sum(requested(each, name) for each in of_kind("overlays/local/cluster", *kinds))
+        (service,) = of_kind("overlays/local/service", "RayService")
+        for beside in (*of_kind("overlays/local/jobs", "RayJob"), service):
+            most = OTHERS[name] + standing + requested(beside, name)
+            assert most <= there, (identity(beside), name, most)
+    # As many as the README says.
+    assert f"{cpus} CPUs and {gigabytes} GB" in (K8S.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "target", ["overlays/cpu/jobs", "overlays/gpu/jobs", "overlays/kueue/jobs"]
+)
+def test_training_does_not_fit_a_simulator(target: str, tmp_path: Path) -> None:
+    """Which may be on a spot machine, and Ray goes by room alone."""
+    options = experiment(target, tmp_path).train
+    asked = {"cpu": options.cpus_per_worker or 1, "nvidia.com/gpu": options.gpus_per_worker or 0}
+    # One for each GPU, where the number of workers is left to what the cluster has.
+    if target == "overlays/kueue/jobs":
+        assert (options.workers, options.gpus_per_worker) == ("auto", None)
+        asked["nvidia.com/gpu"] = 1
+    for resource in of_kind(target, "RayCluster", "RayJob"):
+        for spec in clusters(resource):
+            simulator = groups(spec)["simulator"]
+            assert any(room(simulator, name) < amount for name, amount in asked.items())
 
 
 def test_groups_scale_between_their_bounds() -> None:

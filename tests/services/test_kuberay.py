@@ -8,6 +8,7 @@ the image there is the environment of the tests. About 270 s.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -222,6 +223,12 @@ def test_job_ends_as_on_one_machine(
     store = S3Store("sbi-dist", f"runs/{NAME}")
     assert stored(lambda: simulated(store)) == simulated(plain)
     assert np.array_equal(stored(lambda: posterior_draws(store)), posterior_draws(plain))
+
+
+def test_job_is_listed(job: Job) -> None:
+    address = ["--address", "http://127.0.0.1:8265"]
+    listed = job.cluster.head.execute(["sbi-dist", "jobs", "list", *address])
+    assert re.search(rf"^{job.id} +succeeded +0 ", listed.stdout, re.M), listed
 
 
 @pytest.fixture(scope="module")
