@@ -208,11 +208,13 @@ def test_two_submit_at_once_and_the_network_is_cut(submitter: Submitter, tmp_pat
 
 
 class Terminal:
-    """A process on a pseudo-terminal."""
+    """A process on a pseudo-terminal, with standard output in a file where one is given."""
 
-    def __init__(self, submitter: Submitter, *words: str) -> None:
+    def __init__(self, submitter: Submitter, *words: str, out: Path | None = None) -> None:
         pid, self._end = pty.fork()
         if pid == 0:
+            if out is not None:
+                os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
             os.chdir(submitter.folder)
             os.execve(sys.executable, submitter.arguments(*words), submitter.head.environment)
         self._pid, self.said = pid, ""
@@ -235,7 +237,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
 
-def test_interrupts(submitter: Submitter) -> None:
+def test_interrupts(submitter: Submitter, tmp_path: Path) -> None:
     """Ctrl-C asks on a terminal and detaches elsewhere; the job goes on unless it is stopped."""
     submitter.talk(600)
     words = submitter.stage("status")
@@ -266,12 +268,14 @@ def test_interrupts(submitter: Submitter) -> None:
         assert f"detached; job {job_id} goes on" in err and "jobs stop" in err
         assert submitter.ask(job_id)["status"] == "RUNNING"
 
-    terminal = Terminal(submitter, *attach[:2], attach[-1])
-    terminal.until("line 3 ")
+    out = tmp_path / "run.log"
+    terminal = Terminal(submitter, *attach[:2], attach[-1], out=out)
+    wait_until(lambda: out.exists() and "line 3 " in out.read_text(), "the log in its file")
     terminal.type("\x03")
     terminal.until("or [c]ontinue?")
     terminal.type("s\n")
     assert terminal.wait() == 130 and f"job {job_id} is stopped" in terminal.said
+    assert "ontinue?" not in out.read_text()
     assert submitter.ask(job_id)["status"] == "STOPPED"
 
 
