@@ -278,6 +278,16 @@ def test_only_the_experiment_where_the_problem_is_installed(folder: Path, tmp_pa
     alone = request(folder).package
     assert alone is not None and list(alone.files) == ["decay.yaml"]
     assert make_request("run", "gaussian", [STORE], Options()).package is None
+    # Also from a checkout of sbi_dist, which would be in the place of the cluster's own.
+    for checkout in (folder, tmp_path):
+        (checkout / "sbi_dist/problems").mkdir(parents=True)
+        (checkout / "sbi_dist/__init__.py").write_text("")
+        alone = request(folder).package
+        assert alone is not None and list(alone.files) == ["decay.yaml"]
+    (folder / "decay.yaml").write_text("problem: decay.py:problem\n")
+    beside = request(folder).package
+    assert beside is not None and "decay.py" in beside.files
+    assert not any(name.startswith("sbi_dist/") for name in beside.files)
     # A package beside the folder, where the command is run.
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/__init__.py").write_text("")
@@ -365,6 +375,11 @@ def test_another_version_on_the_cluster(tmp_path: Path) -> None:
         (["run", "gaussian"], "store is 'runs', which would be in the job's own folder"),
         (["run", "gaussian", "--store", "~/runs"], "--store s3://bucket/prefix, or an absolute"),
         (["infer", "gaussian", *STORE, "--output", "out"], "--output is 'out'"),
+        (
+            ["infer", "gaussian", *STORE, "--arviz", "draws.nc"],
+            "--arviz is 'draws.nc', which would",
+        ),
+        (["infer", "gaussian", *STORE, "--arviz", "s3://a/b.nc"], "--arviz an absolute path in a"),
         (["run", "gaussian", *STORE, "--set", "trian.seed=1"], "did you mean 'train'?"),
         (["run", "gaussian", *STORE, "--rows", "1"], "No such option"),
         (["verify", "gaussian", *STORE, "--rows", "many"], "'many' is not a valid integer"),
