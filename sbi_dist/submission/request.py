@@ -81,9 +81,9 @@ class Request:
 
     def entrypoint(self) -> str:
         """The job's command, for a shell."""
-        return shlex.join(
-            [self.python, "-m", "sbi_dist.submission.job", self.version, *self.arguments]
-        )
+        words = [self.python, "-m", "sbi_dist.submission.job", self.version, *self.arguments]
+        # In the shell's place: left by it, its end would be known only once process 1 sees to it.
+        return f"exec {shlex.join(words)}"
 
     def runtime_env(self) -> dict[str, Any]:
         """What the job's processes need, in Ray's terms."""

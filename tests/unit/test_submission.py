@@ -354,6 +354,7 @@ def test_shipped_or_in_an_image() -> None:
     assert inside.package is None and "working_dir" not in inside.runtime_env()
     assert inside.id.startswith("mine-run-") and inside.metadata(2)["attempt"] == "2"
     assert inside.entrypoint().endswith("run /home/sbi/mine.yaml --set name=mine")
+    assert inside.entrypoint().startswith("exec python -m sbi_dist.submission.job ")
     quoted = make_request("run", "/a b.yaml", [("--set", "name=mine")], options)
     assert quoted.entrypoint().endswith("run '/a b.yaml' --set name=mine")
 
