@@ -17,7 +17,7 @@ from typing import Any
 from sbi_dist.errors import StageError
 from sbi_dist.progress import duration, say
 
-__all__ = ["PATIENCE_S", "fitting", "grow"]
+__all__ = ["PATIENCE_S", "fitting", "grow", "tells"]
 
 PATIENCE_S = 1800.0  # machines of a cloud, with a large image to pull, take minutes
 _LOOK_EVERY_S = 0.5
@@ -37,6 +37,11 @@ def fitting(node: dict[str, float], resources: dict[str, float]) -> int:
 def _wanted(resources: dict[str, float]) -> dict[str, float]:
     # One without any resources fits where there is a CPU.
     return {name: amount for name, amount in resources.items() if amount} or {"CPU": 1.0}
+
+
+def tells() -> bool:
+    """Whether the cluster has an autoscaler that can be asked; one of version 1 can't."""
+    return _tables() is not None
 
 
 def grow(

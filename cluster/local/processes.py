@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -47,8 +49,29 @@ class Processes:
         self._file = self.folder / "cluster.json"
 
     def exist(self) -> bool:
-        """Whether a cluster was started here and not ended."""
+        """Whether a cluster was started here and not ended.
+
+        Raises:
+            InputError: the folder is another user's.
+        """
+        try:
+            self._require_own()
+        except FileNotFoundError:
+            return False
         return self._file.exists()
+
+    def _require_own(self) -> None:
+        """Check the folder before anything in it is trusted: in /tmp anyone may have made it."""
+        status = self.folder.lstat()
+        if (
+            not stat.S_ISDIR(status.st_mode)
+            or status.st_uid != os.getuid()
+            or status.st_mode & 0o077
+        ):
+            raise InputError(
+                f"--folder {self.folder} is no directory of yours alone; give one that is not "
+                "there yet"
+            )
 
     def begin(self) -> None:
         """Make the folder.
@@ -58,11 +81,7 @@ class Processes:
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = self.folder.lstat()
-            if status.st_uid != os.getuid() or status.st_mode & 0o077:
-                raise InputError(
-                    f"--folder {self.folder} is open to other users; give one that is not there yet"
-                )
+            self._require_own()
             if any(self.folder.iterdir()):
                 raise InputError(f"--folder {self.folder} is not empty; give an empty or a new one")
             (self.folder / "log").mkdir()
@@ -155,7 +174,22 @@ class Processes:
         return killed
 
     def _read(self) -> dict[str, Any]:
-        return json.loads(self._file.read_text())
+        try:
+            content = json.loads(self._file.read_text())
+        except ValueError:
+            content = None
+        if (
+            not isinstance(content, dict)
+            or not content.keys() >= {"mark", "processes", "exports", "urls"}
+            # What a shell evaluates is the values quoted, and the names as they are.
+            or not all(re.fullmatch("[A-Z][A-Z0-9_]*", name) for name in content["exports"])
+        ):
+            raise InputError(
+                f"--folder: {self._file} is damaged, as after a crash of the machine; end what "
+                f"still runs of the cluster (`grep -l {MARK}= /proc/[0-9]*/environ` finds it), and "
+                f"remove {self.folder}"
+            )
+        return content
 
     def _write(self, content: dict[str, Any]) -> None:
         temporary = self._file.with_suffix(".new")

@@ -9,8 +9,9 @@ from collections.abc import Collection
 from typing import Any
 
 from sbi_dist.errors import StageError
-from sbi_dist.progress import say
-from sbi_dist.session import capacity, require
+from sbi_dist.growth import PATIENCE_S, tells
+from sbi_dist.progress import duration, say
+from sbi_dist.session import capacity, is_own, require
 
 __all__ = ["Actor", "ActorPool", "Call", "deaths"]
 
@@ -76,7 +77,8 @@ class ActorPool:
         pairs: methods that return a second value, which stays where it is.
 
     Raises:
-        InputError: the cluster has no room for the actors.
+        InputError: the cluster has no room for the actors, and gets none.
+        StageError: the nodes of its autoscaler did not start in time.
     """
 
     def __init__(
@@ -94,9 +96,11 @@ class ActorPool:
         self._stage, self._arguments, self._pairs = stage, arguments, pairs
         self._most_actors, self._autoscale = actors, autoscale
         self._resources = dict(resources)
-        if not autoscale:
-            field = f"{stage}.actors" if actors else f"an actor of the {stage} stage"
-            require(resources, actors or 1, field)
+        needed = 1 if autoscale else actors or 1
+        field = f"{stage}.actors" if actors and not autoscale else f"an actor of the {stage} stage"
+        # Of an autoscaler that tells nothing nodes are expected, for a while: see `staff`.
+        if not autoscale or is_own() or tells():
+            require(resources, needed, field)
         resources = dict(resources)
         cpus, gpus = resources.pop("CPU", 0), resources.pop("GPU", 0)
         memory = int(resources.pop("memory", 0)) or None
@@ -112,11 +116,16 @@ class ActorPool:
         self.starting: dict[Any, Any] = {}  # reference to its being ready -> handle
         self._limit = 0
         self._looked = -math.inf
-        self._said = time.monotonic()
+        self._began = self._said = time.monotonic()
+        self._had_one = False
         self._lost_at_start = 0
 
     def staff(self, useful: int) -> None:
-        """Bring the number of actors to what is useful and what there is room for."""
+        """Bring the number of actors to what is useful and what there is room for.
+
+        Raises:
+            StageError: no node for the first one was added in time.
+        """
         now = time.monotonic()
         if now - self._looked >= _LOOK_EVERY_S:
             self._looked = now
@@ -129,9 +138,17 @@ class ActorPool:
         while self.starting and there + len(self.starting) > max(target, 1 if not there else 0):
             _, handle = self.starting.popitem()
             self._kill(handle)
-        if not self.actors and self.starting and now - self._said > _SAY_EVERY_S:
+        if self.actors or not self.starting:
+            return
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in self._resources.items())
+        if self._autoscale and not self._had_one and now - self._began > PATIENCE_S:
+            raise StageError(
+                f"{self._stage}: no node with {wanted} free for an actor came within "
+                f"{duration(PATIENCE_S)}; `ray status` tells what the cluster's autoscaler may "
+                "add; ask for less, or run the command again when it can"
+            )
+        if now - self._said > _SAY_EVERY_S:
             self._said = now
-            wanted = ", ".join(f"{amount:g} {name}" for name, amount in self._resources.items())
             say(f"{self._stage}: waiting for the cluster to have {wanted} free for an actor")
 
     def _most(self, useful: int) -> int:
@@ -165,7 +182,7 @@ class ActorPool:
                     f"they started ({error}); what is finished is kept, run the command again"
                 ) from error
             return
-        self._lost_at_start = 0
+        self._lost_at_start, self._had_one = 0, True
         self.actors.append(Actor(handle))
 
     def call(self, actor: Actor, method: str, *arguments: Any, **call: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,11 +35,13 @@ def dashboard_url(address: str | None) -> str:
         if "://" not in there or there.startswith("ray://"):
             raise InputError(f"--address is missing; give {_EXAMPLE}")
         address = there
-    parts = urlsplit(address if "://" in address else f"//{address}")
     try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise InputError(f"--address {shown(address)!r}: {error}; give {_EXAMPLE}") from None
+    except ValueError:  # which may quote a password
+        raise InputError(
+            f"--address {shown(address)!r} has a host or a port that can't be read; give {_EXAMPLE}"
+        ) from None
     if parts.scheme == "ray":
         raise InputError(
             f"--address {shown(address)!r} is where Ray's client connects to; jobs are submitted "
@@ -70,8 +73,19 @@ def find_token() -> tuple[str, str] | None:
     """The token that Ray's own programs would send, and where it is from.
 
     Raises:
-        InputError: the file that ``RAY_AUTH_TOKEN_PATH`` names can't be read or is empty.
+        InputError: the file that ``RAY_AUTH_TOKEN_PATH`` names can't be read or is empty, or what
+            is found can't be sent; says where it is from, and never what it is.
     """
+    found = _token()
+    if found is not None and not _sendable(found[0]):
+        raise InputError(
+            f"the token of {found[1]} has more than one line, or characters that are not ASCII; "
+            "put the cluster's token there, and nothing else"
+        )
+    return found
+
+
+def _token() -> tuple[str, str] | None:
     token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
     if token:
         return token, "the variable RAY_AUTH_TOKEN"
@@ -100,11 +114,17 @@ def _content(path: Path) -> str:
         return ""
 
 
+def _sendable(value: str) -> bool:
+    """Whether a header can have this value; errors about it further on would quote it."""
+    return value.isascii() and value.isprintable() and value == value.strip()
+
+
 def extra_headers() -> dict[str, str]:
     """Headers for a proxy before the dashboard: ``RAY_JOB_HEADERS``, as for Ray's own programs.
 
     Raises:
-        InputError: that is no mapping of names to texts.
+        InputError: that is no mapping of names to texts, or one of them can't be sent; names the
+            header, and never its value.
     """
     text = os.environ.get("RAY_JOB_HEADERS")
     if not text:
@@ -117,4 +137,10 @@ def extra_headers() -> dict[str, str]:
         raise InputError(
             'RAY_JOB_HEADERS must be a JSON object of texts, such as {"Cookie": "..."}'
         )
+    for name, value in found.items():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or not _sendable(value):
+            raise InputError(
+                f"RAY_JOB_HEADERS: {name!r} is no header that can be sent; names are letters, "
+                "digits and hyphens, and values one line of ASCII without spaces around it"
+            )
     return found

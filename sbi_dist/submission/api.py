@@ -34,7 +34,6 @@ class Job:
         id: its submission id.
         status: ``PENDING``, ``RUNNING``, ``SUCCEEDED``, ``FAILED`` or ``STOPPED``.
         message: why it failed, by the cluster.
-        error_type: kind of failure, by the cluster; None where there is none.
         exit_code: of its process, negative for a signal; None where there is none.
         started, ended: in seconds since 1970; None while not.
         entrypoint: its command.
@@ -44,7 +43,6 @@ class Job:
     id: str
     status: str
     message: str
-    error_type: str | None
     exit_code: int | None
     started: float | None
     ended: float | None
@@ -64,7 +62,6 @@ class Job:
             id=answer.get("submission_id") or answer.get("job_id") or "",
             status=str(answer["status"]),
             message=answer.get("message") or "",
-            error_type=answer.get("error_type"),
             exit_code=answer.get("driver_exit_code"),
             started=seconds("start_time"),
             ended=seconds("end_time"),
@@ -98,8 +95,8 @@ class JobApi:
         self.headers["Authorization"], self._token_from = f"Bearer {found[0]}", found[1]
         return True
 
-    def check(self) -> str:
-        """Make first contact; the cluster's version of Ray.
+    def check(self) -> None:
+        """Make first contact.
 
         Raises:
             InputError: nothing answers there, or no dashboard of Ray's.
@@ -112,7 +109,7 @@ class JobApi:
                 "dashboard, and check that it runs and can be reached from here"
             ) from error
         try:
-            return str(answer.json()["ray_version"])
+            answer.json()["ray_version"]
         except (ValueError, KeyError, TypeError):
             raise InputError(
                 f"--address: {shown(self.url)} answers, but not as the dashboard of a Ray cluster "
@@ -194,6 +191,11 @@ class JobApi:
             answer = self._client.request(method, self.url + path, headers=self.headers, **content)
         except httpx.TransportError as error:
             raise Unreachable(_unreachable(self.url, error)) from error
+        except (httpx.InvalidURL, UnicodeError) as error:  # of the host's name, say
+            raise InputError(
+                f"--address {shown(self.url)!r} can't be used ({error}); give http://HOST:8265, "
+                "the address of the cluster's dashboard"
+            ) from error
         unset = os.environ.get("RAY_AUTH_MODE") is None
         # Not sent before it is asked for: who answers may not be the cluster that it is for.
         if answer.status_code == 401 and unset and self._add_token():

@@ -166,7 +166,13 @@ def _ask() -> str:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         while True:
-            text = input("\n[d]etach and leave the job running, [s]top it, or [c]ontinue? ")
+            # Standard output has the job's log, perhaps in a file.
+            click.echo(
+                "\n[d]etach and leave the job running, [s]top it, or [c]ontinue? ",
+                nl=False,
+                err=True,
+            )
+            text = input()
             for letter, answer in _ANSWERS.items():
                 if text.strip().lower() in (letter, answer):
                     return answer

@@ -81,9 +81,9 @@ class Request:
 
     def entrypoint(self) -> str:
         """The job's command, for a shell."""
-        return shlex.join(
-            [self.python, "-m", "sbi_dist.submission.job", self.version, *self.arguments]
-        )
+        words = [self.python, "-m", "sbi_dist.submission.job", self.version, *self.arguments]
+        # In the shell's place: left by it, its end would be known only once process 1 sees to it.
+        return f"exec {shlex.join(words)}"
 
     def runtime_env(self) -> dict[str, Any]:
         """What the job's processes need, in Ray's terms."""
@@ -124,6 +124,7 @@ def make_request(
     given = list(arguments)
     env = _environment(options.env)
     _require_lasting(given, "--output")
+    _require_lasting(given, "--arviz")
     package, store = None, ""
     known = reference in shipped() and not Path(reference).expanduser().is_file()
     if options.upload or known:
@@ -228,7 +229,7 @@ def _files(
         return Package(base, {name: file, **added}), name, given
     name = file.relative_to(root).as_posix()
     kept = Path(experiment.store).expanduser()
-    leave = [*exclude]
+    leave = [*exclude, "/sbi_dist/"]  # a checkout of it would be in the place of the cluster's own
     if root in kept.parents:
         leave.append(f"/{kept.relative_to(root).as_posix()}/")
     package = collect(root, [name, *needed], leave, added)
@@ -238,6 +239,8 @@ def _files(
 
 def _has_module(folder: Path, name: str) -> bool:
     first = name.partition(".")[0]
+    if first == "sbi_dist":  # the cluster's own, be it a checkout of it that we are in
+        return False
     return (folder / first).is_dir() or (folder / f"{first}.py").is_file()
 
 
@@ -247,12 +250,17 @@ def _is_remote(uri: str) -> bool:
 
 def _require_lasting(values: Sequence[tuple[str, str | None]], name: str) -> None:
     """Check that a place for results is none in the job's own folder, which goes with the job."""
+    # A file for ArviZ is written by a library that knows no S3.
+    what = "s3://bucket/prefix, or an absolute path of a directory"
+    if name == "--arviz":
+        what = "an absolute path in a directory"
     for flag, value in values:
-        if flag == name and value and not _is_remote(value):
+        lasts = value and (Path(value).is_absolute() if name == "--arviz" else _is_remote(value))
+        if flag == name and value and not lasts:
             raise InputError(
                 f"{name} is {value!r}, which would be in the job's own folder and go with it; give "
-                f"{'--store' if name == 'store' else name} s3://bucket/prefix, or an absolute path "
-                "of a directory that all machines of the cluster share"
+                f"{'--store' if name == 'store' else name} {what} that all machines of the cluster "
+                "share"
             )
 
 

@@ -259,7 +259,9 @@ def test_stages_bring_the_machines_that_they_need(
 
 
 @pytest.mark.timeout(600)
-def test_machines_that_can_not_be_had_are_told(cluster: Cluster, store: Path) -> None:
+def test_machines_that_can_not_be_had_are_told(
+    cluster: Cluster, store: Path, tmp_path: Path
+) -> None:
     # No machine has nine GPUs.
     done = subprocess.run(
         _command(
@@ -273,6 +275,21 @@ def test_machines_that_can_not_be_had_are_told(cluster: Cluster, store: Path) ->
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "train.workers asks for 1 x 9 = 9 GPUs, and the Ray cluster has " in done.stderr
+    assert "its autoscaler has no nodes to add that these would fit on; ask for" in done.stderr
+
+    # Nor has one so many CPUs; that more machines may be asked for changes nothing.
+    done = subprocess.run(
+        _command(
+            *("simulate", tmp_path, cluster.address, "simulate.autoscale=true"),
+            "simulate.cpus_per_actor=64",
+        ),
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "an actor of the simulate stage asks for 1 x 64 = 64 CPUs, and the Ray" in done.stderr
     assert "its autoscaler has no nodes to add that these would fit on; ask for" in done.stderr
 
     # There is a type for this one, whose machines do not start.

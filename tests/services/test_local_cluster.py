@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.local.processes import Processes
+from sbi_dist.errors import InputError
 from sbi_dist.store import open_store
 from tests.monitoring import program
 from tests.ray.conftest import ROOT, SLOW, command, marked, wait_until, write_experiment
@@ -153,3 +155,52 @@ def test_what_can_not_be_is_one_sentence(tmp_path: Path) -> None:
         (Path(full) / "other").touch()
         result = local(Path(full), "up")
         assert result.returncode == 2 and "is not empty" in result.stderr
+
+
+@pytest.fixture
+def prepared() -> Iterator[Path]:
+    """A folder as a cluster leaves it that has begun, without processes."""
+    with tempfile.TemporaryDirectory(prefix="own-", dir=SHORT) as parent:
+        place = Path(parent) / "c"
+        processes = Processes(place)
+        processes.begin()
+        processes.publish({"AWS_REGION": "here; there"}, {"store": "s3://sbi"})
+        yield place
+
+
+def test_nothing_is_read_from_a_folder_of_others(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert exports(local(prepared, "up").stdout) == {"AWS_REGION": "here; there"}
+    prepared.chmod(0o755)
+    for word in ("up", "status", "down"):
+        result = local(prepared, word)
+        assert result.returncode == 2 and result.stdout == "", result.stderr
+        assert "is no directory of yours alone; give one" in result.stderr
+    prepared.chmod(0o700)
+    link = prepared.with_name("link")
+    link.symlink_to(prepared)
+    with pytest.raises(InputError, match="is no directory of yours alone"):
+        Processes(link).exist()
+    assert Processes(prepared).exist() and not Processes(prepared / "none").exist()
+    monkeypatch.setattr(os, "getuid", lambda: prepared.stat().st_uid + 1)
+    with pytest.raises(InputError, match="is no directory of yours alone"):
+        Processes(prepared).exist()
+
+
+@pytest.mark.parametrize("change", ["cut off", "keys", "names"])
+def test_a_damaged_file_is_one_sentence(prepared: Path, change: str) -> None:
+    file = prepared / "cluster.json"
+    text = file.read_text()
+    if change == "cut off":
+        text = text[:40]
+    elif change == "keys":
+        text = "{}"
+    else:
+        text = text.replace("AWS_REGION", "A; touch /tmp/x; B")
+    file.write_text(text)
+    for word in ("up", "status", "down"):
+        result = local(prepared, word)
+        assert result.returncode == 2 and result.stdout == ""
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+        assert f"{file} is damaged" in result.stderr and f"remove {prepared}" in result.stderr

@@ -1,6 +1,6 @@
 """The batch script on a real Slurm with two nodes: ends, goes on after both kinds of stop.
 
-About 100 s.
+About 120 s.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
+from cluster.local.ports import free_ports
 from sbi_dist.catalog.table import read_draws
 from sbi_dist.store import LocalStore
 from tests.ray.conftest import (
@@ -196,12 +198,38 @@ def test_exit_code_and_resources_are_passed_on(slurm: Slurm, tmp_path: Path) -> 
 
 def test_goes_back_to_the_queue_before_its_time_limit(slurm: Slurm, tmp_path: Path) -> None:
     write_experiment(tmp_path, SLOW.replace("0.004", "0.1"))
-    job = Job(slurm, tmp_path, "--nodes=1", SCRIPT, "experiment.yaml", STAGE="simulate")
+    (port,) = free_ports(1)
+    job = Job(
+        slurm, tmp_path, "--nodes=1", SCRIPT, "experiment.yaml", STAGE="simulate",
+        SBI_METRICS_PORT=str(port),
+    )  # fmt: skip
+    # While Ray starts, long before there is a stage.
+    wait_until(lambda: list(slurm.folder.glob("sbi.*/log")), "Ray to begin")
+    slurm.run("scancel", "--signal=TERM", "--batch", job.id)
+    job.wait("PENDING", "FAILED")
+    assert slurm.job(job.id)["Restarts"] == "1", job.log()
+    assert job.log().count("goes back to the queue") == 1 and not shard_times(tmp_path)
+
+    job.release()
     wait_until(lambda: shard_times(tmp_path), "the first shard")
+    _wait_for_metrics(port)
     # As Slurm does then, to the script alone.
     slurm.run("scancel", "--signal=TERM", "--batch", job.id)
     job.wait("PENDING")
-    assert slurm.job(job.id)["Restarts"] == "1"
+    assert slurm.job(job.id)["Restarts"] == "2"
     log = job.log()
     assert "job is RUNNING" in log and "stopped; what is finished is kept" in log
-    assert "goes back to the queue" in log
+    assert log.count("goes back to the queue") == 2
+
+
+def _wait_for_metrics(port: int) -> None:
+    """Wait until Prometheus would get sbi_dist's metrics at this port of the node."""
+
+    def there() -> bool:
+        try:
+            answer = httpx.get(f"http://127.0.0.1:{port}/metrics")
+        except httpx.TransportError:
+            return False
+        return "ray_sbi_simulate_simulations_total" in answer.text
+
+    wait_until(there, "metrics of the simulations", 30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import socket
@@ -76,6 +77,8 @@ def request(place: Path, *given: tuple[str, str | None], **options: Any) -> Requ
         ("http://", "is no such URL"),
         ("http://head:port", "(?i)port"),
         ("http://user:hidden@head:x", "'http://head:x'"),
+        ("http://[::1:8265", "has a host or a port that can't be read"),
+        ("http://user:hidden@he\u2100d:8265", "has a host or a port that can't be read"),
         (None, "--address is missing; give http://HOST:8265"),
     ],
 )
@@ -108,6 +111,50 @@ def test_where_a_token_is_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert found is not None and found[0] == "second"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "first")
     assert find_token() == ("first", "the variable RAY_AUTH_TOKEN")
+
+
+@pytest.mark.parametrize("token", ["abc\ndef SECRET", "abc\tSECRET", "SECRETé", "SECRET\x7f"])
+def test_a_token_that_can_not_be_sent_is_not_told(
+    token: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any
+) -> None:
+    file = tmp_path / "token"
+    file.write_text(f"{token}\n")
+    for variable, value, place in (
+        ("RAY_AUTH_TOKEN", token, "the variable RAY_AUTH_TOKEN"),
+        ("RAY_AUTH_TOKEN_PATH", str(file), f"the file {file}"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv("RAY_AUTH_MODE", "token")
+            patch.setenv(variable, value)
+            assert run_command(["jobs", "list", "--address", "http://127.0.0.1:1"]) == 2
+        err = capfd.readouterr().err
+        assert f"the token of {place} has more than one line" in err
+        assert "SECRET" not in err and "abc" not in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Cookie", "a=SECRET\nX: y"), ("Cookie", "a=SECRETé"), ("Cookie", " SECRET"),
+        ("Coo kie", "SECRET"), ("Cookié", "SECRET"), ("", "SECRET"),
+    ],
+)  # fmt: skip
+def test_headers_that_can_not_be_sent_are_not_told(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setenv("RAY_JOB_HEADERS", json.dumps({"X-Good": "yes", name: value}))
+    assert run_command(["jobs", "list", "--address", "http://127.0.0.1:1"]) == 2
+    err = capfd.readouterr().err
+    assert f"RAY_JOB_HEADERS: {name!r} is no header that can be sent" in err
+    assert "SECRET" not in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("host", ["ex..ample:8265", f"{'a' * 64}.org", "a\x01b", "1.2.3.400"])
+def test_hosts_that_can_not_be(host: str, capfd: Any) -> None:
+    assert run_command(["jobs", "list", "--address", f"http://user:hidden@{host}"]) == 2
+    err = capfd.readouterr().err
+    assert "--address" in err and "give http://HOST:8265" in err
+    assert "Traceback" not in err and "hidden" not in err and "unexpected" not in err
 
 
 @pytest.fixture
@@ -231,6 +278,16 @@ def test_only_the_experiment_where_the_problem_is_installed(folder: Path, tmp_pa
     alone = request(folder).package
     assert alone is not None and list(alone.files) == ["decay.yaml"]
     assert make_request("run", "gaussian", [STORE], Options()).package is None
+    # Also from a checkout of sbi_dist, which would be in the place of the cluster's own.
+    for checkout in (folder, tmp_path):
+        (checkout / "sbi_dist/problems").mkdir(parents=True)
+        (checkout / "sbi_dist/__init__.py").write_text("")
+        alone = request(folder).package
+        assert alone is not None and list(alone.files) == ["decay.yaml"]
+    (folder / "decay.yaml").write_text("problem: decay.py:problem\n")
+    beside = request(folder).package
+    assert beside is not None and "decay.py" in beside.files
+    assert not any(name.startswith("sbi_dist/") for name in beside.files)
     # A package beside the folder, where the command is run.
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/__init__.py").write_text("")
@@ -297,6 +354,7 @@ def test_shipped_or_in_an_image() -> None:
     assert inside.package is None and "working_dir" not in inside.runtime_env()
     assert inside.id.startswith("mine-run-") and inside.metadata(2)["attempt"] == "2"
     assert inside.entrypoint().endswith("run /home/sbi/mine.yaml --set name=mine")
+    assert inside.entrypoint().startswith("exec python -m sbi_dist.submission.job ")
     quoted = make_request("run", "/a b.yaml", [("--set", "name=mine")], options)
     assert quoted.entrypoint().endswith("run '/a b.yaml' --set name=mine")
 
@@ -318,6 +376,11 @@ def test_another_version_on_the_cluster(tmp_path: Path) -> None:
         (["run", "gaussian"], "store is 'runs', which would be in the job's own folder"),
         (["run", "gaussian", "--store", "~/runs"], "--store s3://bucket/prefix, or an absolute"),
         (["infer", "gaussian", *STORE, "--output", "out"], "--output is 'out'"),
+        (
+            ["infer", "gaussian", *STORE, "--arviz", "draws.nc"],
+            "--arviz is 'draws.nc', which would",
+        ),
+        (["infer", "gaussian", *STORE, "--arviz", "s3://a/b.nc"], "--arviz an absolute path in a"),
         (["run", "gaussian", *STORE, "--set", "trian.seed=1"], "did you mean 'train'?"),
         (["run", "gaussian", *STORE, "--rows", "1"], "No such option"),
         (["verify", "gaussian", *STORE, "--rows", "many"], "'many' is not a valid integer"),

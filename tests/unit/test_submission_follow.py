@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from sbi_dist.errors import InputError
+from sbi_dist.submission import command
 from sbi_dist.submission.api import JobApi
 from sbi_dist.submission.errors import NoSuchJob, Unreachable
 from sbi_dist.submission.follow import Follower, News
@@ -119,3 +122,13 @@ def test_what_ends_it(
     _, notes, news = ended(Follower(JobApi(server.url), "one", 1.5))
     assert isinstance(news.error, error)
     assert len(notes) == (answer == 503)
+
+
+def test_what_is_asked_is_not_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what?\nS\n"))
+    assert command._ask() == "stop"
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("[s]top it, or [c]ontinue? ") == 2
+    assert command._ask() == "detach"  # at the end of its input
