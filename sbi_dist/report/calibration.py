@@ -83,4 +83,6 @@ def _panel(
     # None at the ends of two panels that would touch.
     axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
     if few and len(lines) > 1:
-        axis.legend(loc="best", ncols=2 if len(lines) > 3 else 1)
+        # Below, as lines may be anywhere within.
+        columns = 3 if len(lines) in (3, 5, 6) else 2
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns)
