@@ -242,7 +242,7 @@ def infer(
     if arviz is not None:
         from sbi_dist.posterior.arviz import check_writable
 
-        check_writable()
+        check_writable(arviz)
     pipeline = _pipeline(**arguments, observations=observations, num_samples=num_samples)
     target, manifest = pipeline.infer(output)
     if arviz is not None:

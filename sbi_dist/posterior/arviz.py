@@ -138,12 +138,14 @@ def datatree(
     return DataTree.from_dict({f"/{name}": each for name, each in trees.items()})
 
 
-def check_writable() -> None:
+def check_writable(path: str) -> None:
     """Check that :func:`write` will find what it needs.
 
     Raises:
-        InputError: it will not.
+        InputError: it will not, or the path is that of a store.
     """
+    if "://" in path:
+        raise InputError(f"--arviz is {path!r}; it must be a file of this machine, as draws.nc")
     require()
     for name in ("h5netcdf", "h5py"):
         if importlib.util.find_spec(name) is None:
@@ -156,7 +158,7 @@ def write(tree: Any, path: str) -> None:
     Raises:
         InputError: h5netcdf is not installed, or the file can't be written.
     """
-    check_writable()
+    check_writable(path)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         tree.to_netcdf(path, engine="h5netcdf")

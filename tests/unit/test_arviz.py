@@ -148,6 +148,8 @@ def test_file_of_stored_draws(posterior, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="can't be written"):
         write(tree, str(tmp_path / "file/inside.nc"))
+    with pytest.raises(InputError, match=r"--arviz is 's3://b/draws\.nc'; it must be a file"):
+        write(tree, "s3://b/draws.nc")
 
 
 def test_where_it_is_not_installed(tmp_path: Path) -> None:
