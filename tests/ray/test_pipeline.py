@@ -256,7 +256,7 @@ BAD_ARGUMENTS = {
         "GPUs, and the Ray cluster has",
     ),
     "empty store at train": (["train", "gaussian"], "run `sbi-dist simulate` first"),
-    "nothing to infer with": (["infer", "gaussian"], "run `sbi-dist train` first"),
+    "nothing to infer with": (["infer", "gaussian"], "`sbi-dist train` first"),
     "unknown command": (["simulte", "gaussian"], "No such command"),
 }
 
