@@ -26,7 +26,7 @@ from sbi_dist.catalog.table import read_draws
 from sbi_dist.errors import InputError, StageError
 from sbi_dist.estimation.bundle import BUNDLE, load_bundle
 from sbi_dist.estimation.snapshot import METRICS
-from sbi_dist.estimation.trainer import train
+from sbi_dist.estimation.trainer import remove_rest, train
 from sbi_dist.experiment import Experiment, digest
 from sbi_dist.gate import Gate, Judged
 from sbi_dist.overlap import end_overlap, overlap_training, warm_start
@@ -279,7 +279,9 @@ class Pipeline:
             except InputError as error:
                 say(f"{error}; it is trained again")
                 model.delete(BUNDLE)
-        if not model.exists(BUNDLE):
+        if model.exists(BUNDLE):
+            remove_rest(model)
+        else:
             about = self._about(this, records, model_id)
             if start is not None:
                 about["started_from"] = start.uri.rpartition("/")[2]

@@ -47,7 +47,7 @@ from sbi_dist.simulation.failures import frequent_failures
 from sbi_dist.simulation.shard import ShardRecord
 from sbi_dist.store import ObjectStore
 
-__all__ = ["train"]
+__all__ = ["remove_rest", "train"]
 
 _FAILED = "failed.json"
 _SUMMARY = ("best_epoch", "best_validation_loss", "seconds", "training_simulations", "notes")
@@ -76,6 +76,7 @@ def train(
         StageError: training failed.
     """
     if model.exists(BUNDLE):
+        remove_rest(model)
         return json.loads(model.get(BUNDLE))
     _check_usable(records)
     wanted = place(options)
@@ -87,10 +88,17 @@ def train(
         say(f"train: {json.loads(jobs[0].model.get(METRICS)).get('data', '')}")
     if options.ensemble > 1:
         _combine(jobs, model, about)
-    for key in [*model.list("checkpoints/"), *model.list("members/"), STOP]:
-        if "/tensorboard/" not in key:  # all that is left of the members' own courses
-            model.delete(key)
+    remove_rest(model)
     return json.loads(model.get(BUNDLE))
+
+
+def remove_rest(model: ObjectStore) -> None:
+    """Remove what only an unfinished training needs; also one that was killed as it ended."""
+    left = [*model.list("checkpoints/"), *model.list("members/")]
+    # All that is kept of the members' own courses is for TensorBoard.
+    left = [key for key in left if "/tensorboard/" not in key]
+    for key in [*left, *([STOP] if model.exists(STOP) else [])]:
+        model.delete(key)
 
 
 def _check_usable(records: list[ShardRecord]) -> None:

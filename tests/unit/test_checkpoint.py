@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sbi_dist.estimation.checkpoint import DamagedCheckpoint, decode, encode
+from sbi_dist.estimation.options import TrainOptions
+from sbi_dist.estimation.trainer import train
+from sbi_dist.store import LocalStore
 
 CPU = torch.device("cpu")
 STATE = {
@@ -44,3 +50,15 @@ def test_code_is_not_run() -> None:
 
     with pytest.raises(DamagedCheckpoint, match="more than plain data"):
         decode(encode({"weights": Harmful()}), CPU)
+
+
+def test_a_training_that_was_killed_as_it_ended_leaves_nothing(tmp_path: Path) -> None:
+    """The bundle is there, and checkpoints still are; who looks next removes them."""
+    model = LocalStore(tmp_path)
+    kept = ("weights.safetensors", "members/0/tensorboard/events.out")
+    for key in (*kept, "checkpoints/step-000000000007.pt", "members/0/bundle.json", "stop"):
+        model.put(key, b"1")
+    model.put("bundle.json", b'{"model": "m"}')
+    bounds = np.zeros(1), np.ones(1)
+    assert train(model, [], bounds, model, TrainOptions(), {}) == {"model": "m"}
+    assert sorted(model.list("")) == sorted([*kept, "bundle.json"])

@@ -27,6 +27,7 @@ class Image:
 
     Attributes:
         environment: variables that every process of the image has.
+        needed: folders with the code and the environment, which a volume may be in front of.
         binds: folders on other file systems, which the pods see at the same place.
     """
 
@@ -37,10 +38,11 @@ class Image:
         for place in {*places, f"{self.home}/.ray"}:
             (folder / place.lstrip("/")).mkdir(parents=True, exist_ok=True)
         os.chown(folder / f"{self.home}/.ray".lstrip("/"), 1000, 1000)
-        needed = [ROOT, Path(sys.prefix), Path(sys.base_prefix).resolve()]
-        for path in needed:
+        self.needed = [ROOT, Path(sys.prefix), Path(sys.base_prefix).resolve()]
+        for path in self.needed:
             self._let_others_pass(path)
-        self.binds = [path for path in needed if path.stat().st_dev != Path("/").stat().st_dev]
+        root = Path("/").stat().st_dev
+        self.binds = [path for path in self.needed if path.stat().st_dev != root]
         files = {
             "etc/passwd": _USERS,
             "etc/group": "root:x:0:\nsbi:x:1000:\n",

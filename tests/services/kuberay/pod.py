@@ -207,6 +207,11 @@ class Pod:
                 lines.append(f"mount -t tmpfs -o {size}mode=1777 tmpfs {place}")
             else:
                 lines.append(f"mount --bind {'-o ro ' * each.read_only}{each.source} {place}")
+        places = [Path(each.path) for each in main.mounts]
+        for path in self._image.needed:  # as in a checkout in /tmp
+            if any(path.is_relative_to(place) for place in places):
+                lines.append(f"mkdir -p {root}{path}")
+                lines.append(f"mount --bind -o ro {path} {root}{path}")
         lines += [f"hostname {self.name}", "read -r _ <&0", "exec </dev/null"]
         for process in (*before, main):
             command = [*_as(process.user), *_with(process, self._image.home)]
