@@ -25,7 +25,6 @@ import torch
 import yaml
 
 from sbi_dist import Posterior
-from sbi_dist.catalog.table import read_draws
 from sbi_dist.simulation.dataset import Dataset
 from sbi_dist.store import LocalStore, ObjectStore, S3Store
 from tests.manifests.rendered import K8S, Resource, render
@@ -35,6 +34,7 @@ from tests.services.kuberay.network import inside
 from tests.services.kuberay.pod import Pod
 from tests.services.kuberay.ray import Cluster, Job, Service, wait_for
 from tests.services.kuberay.site import Site
+from tests.services.outcome import posterior_draws
 
 PROGRAMS = ("ip", "nft", "nsenter", "redis-server", "setpriv", "sysctl", "unshare", "wget")
 KEYS = {"AWS_ACCESS_KEY_ID": "sbi", "AWS_SECRET_ACCESS_KEY": "secretDoNotShow0001"}
@@ -154,12 +154,6 @@ def stored(site: Site) -> Iterator[Callable[[Callable[[], Any]], Any]]:
             patch.setenv(name, value)
         patch.setenv("AWS_ENDPOINT_URL_S3", f"http://{pod.address}:8333")
         yield lambda function: inside(pod.pid, function)
-
-
-def posterior_draws(store: ObjectStore) -> np.ndarray:
-    """What the stage ``infer`` left for the problem's own data."""
-    (name,) = store.folders("posteriors/")
-    return np.asarray(read_draws(store.child(f"posteriors/{name}")).draws)
 
 
 def shards(store: ObjectStore) -> int:

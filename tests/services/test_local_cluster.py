@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.local.processes import Processes
@@ -26,6 +27,7 @@ from sbi_dist.errors import InputError
 from sbi_dist.store import open_store
 from tests.monitoring import program
 from tests.ray.conftest import ROOT, SLOW, command, marked, wait_until, write_experiment
+from tests.services.outcome import dataset_name, posterior_draws, run_alone
 
 SHORT = "/tmp"  # as Ray's sockets need a short path
 
@@ -109,6 +111,9 @@ def test_pipeline_on_s3_goes_on_without_a_node(
         job.wait(30)
     assert job.returncode == 0, err
     assert len(shards()) == 20 and "posterior draws: s3://sbi/tests/experiment/posteriors/" in out
+    alone = run_alone(tmp_path)
+    assert dataset_name(stored) == dataset_name(alone)
+    assert np.array_equal(posterior_draws(stored), posterior_draws(alone))
     status = local(folder, "status")
     assert status.returncode == 1 and "node-2      has ended" in status.stderr
     told = local(folder, "up")

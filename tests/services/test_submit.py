@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 
 from sbi_dist.problem import Problem, load_problem
+from sbi_dist.store import LocalStore
 from sbi_dist.submission.api import JobApi
 from sbi_dist.submission.command import stop
 from tests.ray.conftest import (
@@ -37,6 +39,7 @@ from tests.ray.conftest import (
     wait_until,
     write_experiment,
 )
+from tests.services.outcome import dataset_name, posterior_draws, run_alone
 from tests.services.proxy import Proxy
 from tests.services.ray_head import NotStarted, RayHead
 from tests.services.served import BUSY
@@ -343,17 +346,25 @@ def test_without_sbi_dist_on_the_cluster(submitter: Submitter) -> None:
     assert done.returncode == 0 and "dataset: " in done.stdout
 
 
-def test_ray_job_submit(submitter: Submitter) -> None:
-    """The entry points under ``jobs/`` by Ray's own program, without anything of ours."""
-    path = write_experiment(submitter.folder, SLOW, num_simulations=20)
+def test_every_way_gives_the_same(submitter: Submitter) -> None:
+    """Also by Ray's own program with the entry points under ``jobs/``, without anything of ours."""
+    folder = submitter.folder
+    path = write_experiment(folder, SLOW)
     done = subprocess.run(
         [
             str(Path(sys.executable).with_name("ray")), "job", "submit", "--address",
-            submitter.head.url, "--", "python", str(ROOT / "jobs/simulate.py"), str(path),
-            "--store", str(submitter.store),
+            submitter.head.url, "--", "python", str(ROOT / "jobs/run.py"), str(path),
+            "--store", str(folder / "plain"),
         ],
         env={**submitter.head.environment, "RAY_AUTH_MODE": "token"},
-        cwd=submitter.folder, capture_output=True, text=True, timeout=120,
+        cwd=folder, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert_same(read_dataset(submitter.folder), calm(at_once(submitter.folder), 20, 20))
+    done = submitter.run(*submitter.stage("run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(read_dataset(folder), calm(at_once(folder), 400, 20))
+    alone = run_alone(folder)
+    for store in (submitter.store, folder / "plain"):
+        other = LocalStore(store / "experiment")
+        assert dataset_name(other) == dataset_name(alone)
+        assert np.array_equal(posterior_draws(other), posterior_draws(alone))
