@@ -15,18 +15,18 @@ from tests.ray.conftest import command
 __all__ = ["dataset_name", "posterior_draws", "run_alone"]
 
 
-def run_alone(folder: Path) -> ObjectStore:
-    """Run ``experiment.yaml`` of a folder on this machine alone, in a store of its own."""
+def run_alone(folder: Path, name: str = "experiment") -> ObjectStore:
+    """Run ``experiment.yaml``, of that name, on this machine alone, in a store of its own."""
     done = subprocess.run(
         command("run", "experiment.yaml", "--store", "alone"),
         cwd=folder,
         env={**os.environ, "RAY_ADDRESS": ""},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    return LocalStore(folder / "alone/experiment")
+    return LocalStore(folder / "alone" / name)
 
 
 def dataset_name(store: ObjectStore) -> str:

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,15 +25,15 @@ import yaml
 
 from sbi_dist import Posterior
 from sbi_dist.simulation.dataset import Dataset
-from sbi_dist.store import LocalStore, ObjectStore, S3Store
+from sbi_dist.store import ObjectStore, S3Store
 from tests.manifests.rendered import K8S, Resource, render
-from tests.ray.conftest import SLOW, command
+from tests.ray.conftest import SLOW
 from tests.services.kuberay.api import Api
 from tests.services.kuberay.network import inside
 from tests.services.kuberay.pod import Pod
 from tests.services.kuberay.ray import Cluster, Job, Service, wait_for
 from tests.services.kuberay.site import Site
-from tests.services.outcome import posterior_draws
+from tests.services.outcome import posterior_draws, run_alone
 
 PROGRAMS = ("ip", "nft", "nsenter", "redis-server", "setpriv", "sysctl", "unshare", "wget")
 KEYS = {"AWS_ACCESS_KEY_ID": "sbi", "AWS_SECRET_ACCESS_KEY": "secretDoNotShow0001"}
@@ -131,16 +130,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
     folder = tmp_path_factory.mktemp("plain")
     (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     (folder / "problem.py").write_text(SLOW)
-    result = subprocess.run(
-        [*command("run", "experiment.yaml"), "--store", "runs"],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
-    return LocalStore(folder / "runs" / NAME)
+    return run_alone(folder, NAME)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,6 @@ class Api:
         self._clusters, self._pods = clusters, pods
         self._accounts: dict[str, str] = {}  # by their tokens
         self._bound: set[str] = set()
-        self.patches: list[str] = []
         self.environment = {
             "KUBERNETES_SERVICE_HOST": host.address,
             "KUBERNETES_SERVICE_PORT": str(PORT),
@@ -128,7 +127,6 @@ class Api:
         if kind == "rayclusters" and name in self._clusters:
             cluster = self._clusters[name]
             if verb == "patch":
-                self.patches.append(body.decode())
                 for each in json.loads(body):
                     _apply(cluster, each)
             return 200, cluster
