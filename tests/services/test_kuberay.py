@@ -170,8 +170,13 @@ def job(site: Site, operator: Pod, stored: Callable[[Callable[[], Any]], Any]) -
 
     try:
         wait_for(cluster.all_ready, 120, "all pods are ready")
-        said = cluster.head.execute(["ray", "status"]).stdout
-        assert "1 headgroup" in said and "1 simulator" in said, said
+
+        def counted() -> bool:
+            said = cluster.head.execute(["ray", "status"]).stdout
+            return "1 headgroup" in said and "1 simulator" in said
+
+        # The autoscaler's first report may come before it has told the nodes apart.
+        wait_for(counted, 60, "the autoscaler counts a head and a simulator")
         running.submit()
         wait_for(lambda: simulating(4), 60, "the first shards")
         (lost,) = cluster.workers("simulator")
