@@ -175,7 +175,7 @@ def job(site: Site, operator: Pod, stored: Callable[[Callable[[], Any]], Any]) -
             said = cluster.head.execute(["ray", "status"]).stdout
             return "1 headgroup" in said and "1 simulator" in said
 
-        # The autoscaler's first report may come before it has told the nodes apart.
+        # The autoscaler's first report comes some seconds after the nodes.
         wait_for(counted, 60, "the autoscaler counts a head and a simulator")
         running.submit()
         wait_for(lambda: simulating(4), 60, "the first shards")

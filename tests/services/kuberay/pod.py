@@ -105,6 +105,7 @@ class Pod:
 
     Attributes:
         address: in the network.
+        told: whether the containers were told to run.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Pod:
         containers: Sequence[Process],
     ) -> None:
         self.name, self._image, self._main = name, image, containers[0]
+        self.told = False
         self._containers: list[Container] = []
         try:
             for index, each in enumerate(containers):
@@ -135,6 +137,7 @@ class Pod:
 
     def go(self) -> None:
         """Let the containers run, once the network lets them."""
+        self.told = True
         for each in self._containers:
             each.go()
 

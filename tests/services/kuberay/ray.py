@@ -72,13 +72,18 @@ class Cluster:
                 self.ended[pod.name] = pod.said()
                 self._site.delete(pod)
                 pods.remove(pod)
-            # Workers begin with their head in Kubernetes; with fewer CPUs this is quicker.
-            while len(pods) < self._wanted(role) and (role == "head" or self._head_is_ready()):
+            while len(pods) < self._wanted(role):
                 kind = "head" if role == "head" else f"{role}-worker"
-                pod = self._site.start(generated(f"{self.name}-{kind}"), self._templates[role])
-                pods.append(pod)
+                name = generated(f"{self.name}-{kind}")
+                pods.append(self._site.start(name, self._templates[role], go=role == "head"))
                 if role == "head":
-                    self._site.name(f"{self.name}-head-svc", pod)
+                    self._site.name(f"{self.name}-head-svc", pods[-1])
+        # Workers wait for their head. In Kubernetes their init containers do: with fewer CPUs it
+        # is quicker when these begin later.
+        waiting = [pod for pods in self._pods.values() for pod in pods if not pod.told]
+        if waiting and self.ready(self.head):
+            for pod in waiting:
+                pod.go()
 
     def _group(self, name: str) -> dict[str, Any]:
         (found,) = [each for each in self._spec["workerGroupSpecs"] if each["groupName"] == name]
@@ -100,7 +105,7 @@ class Cluster:
         """What the kubelet finds out by the readiness probe of a pod's container."""
         _, template = self._site.pods[pod.name]
         probe = template["spec"]["containers"][0]["readinessProbe"]
-        if pod.code is not None:
+        if pod.code is not None or not pod.begun:
             return False
         if "exec" in probe:
             return pod.execute(probe["exec"]["command"]).returncode == 0
@@ -139,9 +144,6 @@ class Cluster:
                 self._site.delete(pod)
             pods.clear()
         del self._site.clusters[self.name]
-
-    def _head_is_ready(self) -> bool:
-        return bool(self._pods["head"]) and self.ready(self.head)
 
 
 class Job:

@@ -76,11 +76,14 @@ class Site:
                 assert done.returncode == 0, done.stderr
             self.name(each["spec"]["serviceName"], pod)
 
-    def start(self, name: str, template: Template, namespace: str = NAMESPACE) -> Pod:
+    def start(
+        self, name: str, template: Template, namespace: str = NAMESPACE, go: bool = True
+    ) -> Pod:
         """Start a pod.
 
         Args:
             template: its labels and its spec.
+            go: whether its containers run, or wait until they are told to.
         """
         metadata = {**template.get("metadata", {}), "name": name, "namespace": namespace}
         template = {"metadata": metadata, "spec": template["spec"]}
@@ -95,7 +98,8 @@ class Site:
         )
         self.pods[name] = pod, template
         self._apply_policies()
-        pod.go()
+        if go:
+            pod.go()
         return pod
 
     def described(self) -> list[Template]:
