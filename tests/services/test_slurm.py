@@ -86,7 +86,11 @@ class Job:
         """Wait until it is in one of these states, and has left nothing on its nodes."""
         wait_until(lambda: self.state() in states, f"job {self.id} to be {states}", 180)
         wait_until(lambda: not self.processes(), "its processes to end", 30)
-        assert not list(self.slurm.folder.glob("sbi.*"))
+        left = {
+            str(each): [str(file) for file in each.rglob("*")]
+            for each in self.slurm.folder.glob("sbi.*")
+        }
+        assert not left, f"{left}\n{self.log()}"
 
     def release(self) -> None:
         """Start it soon: Slurm waits for two minutes before it starts a job again."""
