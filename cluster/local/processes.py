@@ -214,10 +214,11 @@ def _ended(pid: int, began: int | None) -> bool:
 
 def _marked(mark: bytes) -> Iterator[int]:
     """Processes with an entry in their environment."""
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    # A file's name in the pattern would be looked up outside of the suppression.
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark in path.read_bytes().split(b"\0"):
-                yield int(path.parent.name)
+            if mark in (path / "environ").read_bytes().split(b"\0"):
+                yield int(path.name)
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -181,13 +181,13 @@ def _politely(process: subprocess.Popen[bytes]) -> None:
 
 def _processes() -> Iterator[tuple[int, str]]:
     """The actors and the command, with what they are."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = path.read_bytes().split(b"\0")
+            words = (path / "cmdline").read_bytes().split(b"\0")
             if words[0].startswith(b"ray::CatalogActor"):
-                yield int(path.parent.name), "ray::CatalogActor"
+                yield int(path.name), "ray::CatalogActor"
             elif words[1:4] == [b"-m", b"sbi_dist", b"infer"]:
-                yield int(path.parent.name), "sbi_dist"
+                yield int(path.name), "sbi_dist"
 
 
 @contextlib.contextmanager

@@ -315,9 +315,10 @@ def _wait_for(process: subprocess.Popen[bytes], word: bytes) -> None:
 def _memory(root: int) -> float:
     """Resident memory of the replicas below a process, in MB."""
     parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
+            fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
+            parents[int(path.name)] = int(fields[1])
     total = 0
     for pid in parents:
         above = pid

@@ -253,10 +253,10 @@ def living_actors(folder: Path) -> list[int]:
 def marked(entry: str) -> list[int]:
     """Processes with an entry in their environment."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            if entry.encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
+            if entry.encode() in (path / "environ").read_bytes().split(b"\0"):
+                found.append(int(path.name))
         except OSError:
             continue
     return found
@@ -265,10 +265,10 @@ def marked(entry: str) -> list[int]:
 def titled(title: str) -> list[int]:
     """Descendants of this process, and what Ray started for it, whose title begins so."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(title.encode()) and ours(path.parent):
-                found.append(int(path.parent.name))
+            if (path / "cmdline").read_bytes().startswith(title.encode()) and ours(path):
+                found.append(int(path.name))
     return found
 
 

@@ -82,10 +82,11 @@ def calm_losses(pipeline: Pipeline, options: Any) -> list[float]:
 def trial_processes() -> set[int]:
     """Processes of the session's Ray that run a trial, or wait for one."""
     found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if b"ImplicitFunc" in path.read_bytes().split(b"\0")[0] and ours(path.parent):
-                found.add(int(path.parent.name))
+            title = (path / "cmdline").read_bytes().split(b"\0")[0]
+            if b"ImplicitFunc" in title and ours(path):
+                found.add(int(path.name))
     return found
 
 

@@ -25,6 +25,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.autoscaler._private.util import prepare_config
 
 from cluster.local.ports import free_ports
+from tests.ray.conftest import marked
 
 FILE = Path(__file__).parents[2] / "cluster/ray/cluster.yaml"
 # Enough for a machine that does other things, too; nothing here is about speed.
@@ -180,7 +181,7 @@ class Cluster:
         """End everything that this started, by its mark."""
         deadline = time.monotonic() + 15
         # More than once: what is killed may just have started another one.
-        while (left := self._ours()) and time.monotonic() < deadline:
+        while (left := marked(self._mark)) and time.monotonic() < deadline:
             for process in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
@@ -188,15 +189,7 @@ class Cluster:
                 self._head.wait(0.2)
         self._log.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
-        return self._ours()
-
-    def _ours(self) -> list[int]:
-        found = []
-        for place in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if self._mark.encode() in place.read_bytes().split(b"\0"):
-                    found.append(int(place.parent.name))
-        return found
+        return marked(self._mark)
 
 
 @pytest.fixture(scope="module")

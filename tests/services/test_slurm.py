@@ -200,8 +200,16 @@ def test_exit_code_and_resources_are_passed_on(slurm: Slurm, tmp_path: Path) -> 
     assert "2 GPUs, and the Ray cluster has 1" in job.log()
 
 
+# What a simulator leaves running, and what goes on writing after Ray.
+STRAY = """
+import subprocess
+late = 'while :; do mkdir -p "$TMPDIR/late"; : > "$TMPDIR/late/$$"; sleep 0.005; done'
+subprocess.Popen(["sh", "-c", late], start_new_session=True, stderr=subprocess.DEVNULL)
+"""
+
+
 def test_goes_back_to_the_queue_before_its_time_limit(slurm: Slurm, tmp_path: Path) -> None:
-    write_experiment(tmp_path, SLOW.replace("0.004", "0.1"))
+    write_experiment(tmp_path, SLOW.replace("0.004", "0.1") + STRAY)
     (port,) = free_ports(1)
     job = Job(
         slurm, tmp_path, "--nodes=1", SCRIPT, "experiment.yaml", STAGE="simulate",
